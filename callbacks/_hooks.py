@@ -1,0 +1,62 @@
+"""What several callbacks need: to wrap a module's method and take the wrap off again, and to reach local shards."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Undo = Callable[[], None]
+
+
+def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
+    """Let ``around(original, *args, **kwargs)`` answer for ``owner.name(...)``; the returned function takes it off.
+
+    Several wraps of one method may be taken off in any order: one that lies under another becomes transparent, and is
+    dropped with the one above it. ``functools.wraps`` keeps the signature that Lightning inspects.
+    """
+    original = getattr(owner, name)
+    was_on_instance = name in vars(owner)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs) if wrapper.active else original(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        if was_on_instance:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+    def undo() -> None:
+        wrapper.active = False  # type: ignore[attr-defined]
+        top = vars(owner).get(name)
+        while top is not None and getattr(top, "active", True) is False:
+            top.restore()
+            top = vars(owner).get(name)
+
+    wrapper.active, wrapper.restore = True, restore  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
+    return undo
+
+
+def when_layers_exist(pl_module: Any, work: Callable[[], None]) -> Undo:
+    """Do ``work`` in ``Callback.setup``: now, and again after the module's own ``configure_model`` if it has one.
+
+    ``work`` must be idempotent. Lightning offers no callback hook between ``configure_model`` and the optimizers.
+    """
+    own = type(pl_module).configure_model
+    if own.__module__.partition(".")[0] in ("lightning", "pytorch_lightning"):
+        work()
+        return lambda: None
+
+    def configure_then_work(original: Callable[[], None]) -> None:
+        original()
+        work()
+
+    return wrap_method(pl_module, "configure_model", configure_then_work)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: the shard of a DTensor, else the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

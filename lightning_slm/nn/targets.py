@@ -1,0 +1,95 @@
+"""Which weights a technique touches: chosen by name patterns, in any model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lightning_slm.errors import near
+
+# A pattern matches the module ("layers.0.mixer.q_proj") or the parameter ("layers.0.mixer.q_proj.weight").
+Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight matrix, where it lives, and which of its axes runs over the layer's inputs."""
+
+    name: str  # of the parameter, e.g. "layers.0.mixer.q_proj.weight"
+    module: nn.Module  # that holds it
+    attribute: str  # its name there
+    input_dim: int  # 1 for nn.Linear's (out, in); 0 for transformers' Conv1D's (in, out)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def module_name(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+def weight_targets(model: nn.Module, targets: Patterns = "*", skip: Patterns = ()) -> list[Target]:
+    """The weight matrices of ``model`` that compression may touch, chosen by name.
+
+    Candidates are two-dimensional parameters (shape (out, in)), whatever class holds them, except embeddings,
+    everything tied to one, and the output head (a Hugging Face model tells which); biases and norms are no
+    matrices. A tied matrix appears once. A module may protect
+    parameters of its own by naming them in ``_slm_protected`` (a tuple of attribute names): routers, for example.
+
+    Args:
+        model: any module.
+        targets: fnmatch patterns of module or parameter names to include.
+        skip: patterns to leave out again.
+
+    Raises:
+        ValueError: a pattern that matches nothing; lists near names.
+    """
+    candidates = list(_candidates(model))
+    included = _matching(candidates, targets, "targets")
+    excluded = _matching(candidates, skip, "skip", also=[name for name, _ in model.named_modules() if name])
+    return [t for t in candidates if t.name in included and t.name not in excluded]
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether ``name`` fits one of the patterns.
+
+    >>> matches("layers.3.q_proj", "*q_proj"), matches("head", ["*proj", "norm*"])
+    (True, False)
+    """
+    return any(fnmatchcase(name, p) for p in _as_list(patterns))
+
+
+def _candidates(model: nn.Module) -> Iterator[Target]:
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | _output_heads(model)
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        protected = getattr(module, "_slm_protected", ())
+        for attribute, p in module.named_parameters(recurse=False):
+            if p.ndim != 2 or id(p) in embedded or id(p) in seen or attribute in protected:
+                continue
+            seen.add(id(p))
+            input_dim = 0 if type(module).__name__ == "Conv1D" else 1
+            yield Target(f"{module_name}.{attribute}".lstrip("."), module, attribute, input_dim)
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    return {id(head.weight) for head in heads if head is not None}
+
+
+def _matching(candidates: list[Target], patterns: Patterns, argument: str, also: Sequence[str] = ()) -> set[str]:
+    found: set[str] = set()
+    for pattern in _as_list(patterns):
+        hits = {t.name for t in candidates if fnmatchcase(t.name, pattern) or fnmatchcase(t.module_name, pattern)}
+        # A skip that only names something never touched (an embedding, say) is no mistake.
+        if not hits and not any(fnmatchcase(name, pattern) for name in also):
+            names = [t.module_name for t in candidates]
+            raise ValueError(f"{argument}={pattern!r} matches no weight of the model. {near(pattern.strip('*'), names)}")
+        found |= hits
+    return found
+
+
+def _as_list(patterns: Patterns) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
