@@ -86,7 +86,9 @@ def _matching(candidates: list[Target], patterns: Patterns, argument: str, also:
         # A skip that only names something never touched (an embedding, say) is no mistake.
         if not hits and not any(fnmatchcase(name, pattern) for name in also):
             names = [t.module_name for t in candidates]
-            raise ValueError(f"{argument}={pattern!r} matches no weight of the model. {near(pattern.strip('*'), names)}")
+            raise ValueError(
+                f"{argument}={pattern!r} matches no weight of the model. {near(pattern.strip('*'), names)}"
+            )
         found |= hits
     return found
 
