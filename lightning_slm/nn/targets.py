@@ -46,7 +46,7 @@ def weight_targets(model: nn.Module, targets: Patterns = "*", skip: Patterns = (
     Raises:
         ValueError: a pattern that matches nothing; lists near names.
     """
-    candidates = list(_candidates(model))
+    candidates = list(weight_matrices(model))
     included = _matching(candidates, targets, "targets")
     excluded = _matching(candidates, skip, "skip", also=[name for name, _ in model.named_modules() if name])
     return [t for t in candidates if t.name in included and t.name not in excluded]
@@ -61,8 +61,9 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatchcase(name, p) for p in _as_list(patterns))
 
 
-def _candidates(model: nn.Module) -> Iterator[Target]:
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | _output_heads(model)
+def weight_matrices(model: nn.Module) -> Iterator[Target]:
+    """The candidates of ``weight_targets``; none is no error."""
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | output_heads(model)
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         protected = getattr(module, "_slm_protected", ())
@@ -74,7 +75,8 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             yield Target(f"{module_name}.{attribute}".lstrip("."), module, attribute, input_dim)
 
 
-def _output_heads(model: nn.Module) -> set[int]:
+def output_heads(model: nn.Module) -> set[int]:
+    """Identities of the output heads' weights, where a model (of Hugging Face's kind) tells them."""
     heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
     return {id(head.weight) for head in heads if head is not None}
 
