@@ -1,0 +1,21 @@
+"""What other packages say that no user of the command line can act on."""
+
+import logging
+import re
+import warnings
+
+_NOISE = re.compile(r"Tip: |`weights_only` was not set|[GT]PU available: False|Failed to load /|register_constant\(\)")
+
+
+class _NotNoise(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _NOISE.search(record.getMessage())
+
+
+def quieten() -> None:
+    """Silence advertisements and import-time complaints of optional extensions; only ever called by the program."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(_NotNoise())
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")

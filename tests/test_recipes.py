@@ -1,0 +1,66 @@
+"""Packaged recipes: found by name, listed, shown, copied; and each parses, alone and under its overlays."""
+
+import pytest
+import yaml
+
+from lightning_slm._cli import UserError, packaged
+from lightning_slm.cli import main
+
+RECIPES = [name for name, path in packaged.recipes().items() if not packaged.is_overlay(path)]
+OVERLAYS = [name for name, path in packaged.recipes().items() if packaged.is_overlay(path)]
+
+
+def test_there_is_a_recipe_for_every_preset_and_none_for_anything_else():
+    from lightning_slm.models import PRESETS
+
+    models = {packaged.recipes()[name]: name for name in RECIPES}
+    presets = {yaml.safe_load(path.read_text())["model"]["init_args"]["model"] for path in models}
+    assert presets == set(PRESETS)
+
+
+def test_list_has_every_recipe_with_a_sentence_and_tells_overlays_apart(capsys):
+    main(["recipes", "list"])
+    models, overlays = capsys.readouterr().out.split("Overlays")
+    assert all(f"  {name} " in models for name in RECIPES)
+    assert all(f"  {name} " in overlays for name in OVERLAYS)
+
+
+def test_show_prints_the_file_and_copy_writes_it(tmp_path, capsys):
+    text = packaged.find("slm_5m").read_text()
+    main(["recipes", "show", "slm-5m.yaml"])
+    assert capsys.readouterr().out == text
+    assert main(["recipes", "copy", "slm_5m", str(tmp_path)]) == 0
+    assert (tmp_path / "slm_5m.yaml").read_text() == text
+
+
+def test_copy_replaces_nothing_unless_forced(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("mine")
+    assert main(["recipes", "copy", "slm_5m", str(tmp_path / "mine.yaml")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+    assert main(["recipes", "copy", "slm_5m", str(tmp_path / "mine.yaml"), "--force"]) == 0
+    assert (tmp_path / "mine.yaml").read_text() == packaged.find("slm_5m").read_text()
+
+
+def test_a_file_of_that_name_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
+    (tmp_path / "slm_5m.yaml").write_text("trainer: {max_steps: 1}")
+    monkeypatch.chdir(tmp_path)
+    assert packaged.find("slm_5m.yaml").resolve() == tmp_path / "slm_5m.yaml"
+    assert packaged.find("slm_5m") == packaged.FOLDER / "slm_5m.yaml"
+
+
+def test_an_unknown_recipe_is_told_what_is_near():
+    with pytest.raises(UserError, match=r"'prune_24' is neither a file nor a packaged recipe. Near names: 'prune_2_4'"):
+        packaged.find("prune_24")
+
+
+def test_a_missing_file_is_not_mistaken_for_a_recipe():
+    with pytest.raises(UserError, match="no such configuration file: configs/slm_5m.yaml"):
+        packaged.find("configs/slm_5m.yaml")
+
+
+@pytest.mark.parametrize("flag", [["--config", "slm_5m"], ["--config=slm_5m"], ["-c", "slm_5m"]], ids=" ".join)
+def test_names_become_paths_behind_every_spelling_of_the_flag(flag):
+    resolved = packaged.resolve_configs([*flag, "--data.path", "slm_5m"])
+    assert packaged.configs_in(resolved) == [packaged.FOLDER / "slm_5m.yaml"]
+    assert resolved[-1] == "slm_5m"
