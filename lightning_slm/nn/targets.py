@@ -88,6 +88,7 @@ def _matching(candidates: list[Target], patterns: Patterns, argument: str, also:
         # A skip that only names something never touched (an embedding, say) is no mistake.
         if not hits and not any(fnmatchcase(name, pattern) for name in also):
             names = [t.module_name for t in candidates]
+            names += [name.rpartition(".")[2] for name in names]  # "q_prj" is nearer to "q_proj" than to its whole path
             raise ValueError(
                 f"{argument}={pattern!r} matches no weight of the model. {near(pattern.strip('*'), names)}"
             )

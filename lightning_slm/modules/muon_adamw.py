@@ -1,0 +1,218 @@
+"""Muon for hidden matrices and AdamW for the rest, as one optimizer: Lightning's automatic optimization takes one.
+
+Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ ; AdamW: Loshchilov & Hutter 2019,
+https://arxiv.org/abs/1711.05101. The update of each matrix is that of ``torch.optim.Muon``, but matrices of one shape
+go through Newton-Schulz together.
+"""
+
+# Shape letters: K = matrices of one shape, M, N = rows and columns of a matrix, M <= N.
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+
+from lightning_slm.nn.targets import Patterns, matches
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at zero, and close enough to one elsewhere
+_BATCH_ELEMENTS = 2**24  # of a batch of matrices: bounds what Newton-Schulz holds beside the model
+
+
+class MuonAdamW(Optimizer):
+    """Orthogonalised momentum for the hidden matrices, AdamW for embeddings, head, norms and biases.
+
+    A group with ``use_muon`` (as ``parameter_groups`` makes them) is taken at its word. In any other, two-dimensional
+    parameters go to Muon. Embeddings and heads are told from hidden matrices by name, so give
+    ``model.named_parameters()`` rather than ``model.parameters()``.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate of AdamW.
+        muon_lr: learning rate of Muon, multiplied by sqrt(rows / columns) for tall matrices: what it moves a
+            matrix's singular values by. It does not depend on the size of the gradients.
+        weight_decay: decoupled; times the learning rate of the group. Not for groups that bring their own.
+        betas: of AdamW.
+        eps: of AdamW.
+        momentum: of Muon, in Nesterov's form.
+        ns_steps: Newton-Schulz iterations; in bf16 where the device has it, else in float32.
+        not_muon: fnmatch patterns of names of matrices that go to AdamW; only names can match.
+
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
+    >>> optimizer = MuonAdamW(model.named_parameters(), not_muon="0.*")
+    >>> [(group["use_muon"], group["param_names"]) for group in optimizer.param_groups]
+    [(True, ['1.weight']), (False, ['0.weight', '1.bias'])]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-3,
+        muon_lr: float = 0.02,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        not_muon: Patterns = ("*embed*", "*wte*", "*wpe*", "*head*"),
+    ) -> None:
+        for name, value in dict(lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, eps=eps).items():
+            if value < 0:
+                raise ValueError(f"MuonAdamW: {name}={value} must not be negative.")
+        for name, value in {"betas[0]": betas[0], "betas[1]": betas[1], "momentum": momentum}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"MuonAdamW: {name}={value} must be at least 0 and below 1.")
+        self._muon_lr, self._not_muon = muon_lr, not_muon
+        defaults = dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, ns_steps=ns_steps)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as it is if it says ``use_muon``, else its matrices and its other parameters as two."""
+        if "use_muon" not in param_group:
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            for use_muon in (True, False):
+                if chosen := [p for p in params if self._is_for_muon(p) is use_muon]:
+                    self.add_param_group({**param_group, "params": chosen, "use_muon": use_muon})
+            return
+        if param_group["use_muon"]:
+            param_group.setdefault("lr", self._muon_lr)
+        super().add_param_group(param_group)
+        if param_group["use_muon"] and any(p.ndim != 2 for p in param_group["params"]):
+            shapes = [tuple(p.shape) for p in param_group["params"] if p.ndim != 2]
+            raise ValueError(f"MuonAdamW: use_muon is for matrices, but the group has parameters of shapes {shapes}.")
+
+    def _is_for_muon(self, param: Tensor | tuple[str, Tensor]) -> bool:
+        name, tensor = param if isinstance(param, tuple) else ("", param)
+        return tensor.ndim == 2 and not matches(name, self._not_muon)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of all groups, after ``closure`` (Lightning runs forward and backward in it)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if params := [p for p in group["params"] if p.grad is not None]:
+                (self._muon if group["use_muon"] else self._adamw)(params, group)
+        return loss
+
+    def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        momenta = _locals([self.state[p]["momentum_buffer"] for p in params])
+        grads, locals_ = _locals([p.grad for p in params]), _locals(params)
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = orthogonalize([_whole(u, p) for u, p in zip(nesterov, params)], group["ns_steps"])
+        torch._foreach_mul_(locals_, 1 - group["lr"] * group["weight_decay"])
+        for param, update in zip(params, updates):
+            rows, columns = param.shape
+            scale = max(1.0, rows / columns) ** 0.5
+            _local(param).add_(_part(update, param), alpha=-group["lr"] * scale)
+
+    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p].update(step=torch.zeros((), dtype=torch.float32), **zeros)
+        states = [self.state[p] for p in params]
+        adamw(
+            _locals(params),
+            _locals([p.grad for p in params]),
+            _locals([s["exp_avg"] for s in states]),
+            _locals([s["exp_avg_sq"] for s in states]),
+            [],
+            [s["step"] for s in states],
+            fused=all(p.device.type == "cpu" for p in params) or None,  # one pass over memory; elsewhere torch chooses
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
+
+
+def orthogonalize(matrices: Sequence[Tensor], steps: int = 5, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Each matrix with its singular values pulled towards one, by a quintic Newton-Schulz iteration.
+
+    Matrices of one shape, or its transpose, are multiplied together: for small ones that is several times faster.
+
+    Args:
+        matrices: of any shapes, each (rows, columns).
+        steps: five bring singular values to within about 0.7 to 1.2.
+        dtype: to compute in; None: bf16 where the device multiplies it in hardware, else float32.
+    """
+    batches: dict[tuple, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        batches[(*sorted(matrix.shape), matrix.device)].append(i)
+    done: dict[int, Tensor] = {}
+    for (M, N, device), members in batches.items():
+        size = max(1, _BATCH_ELEMENTS // (M * N))
+        for chunk in (members[k : k + size] for k in range(0, len(members), size)):
+            wide_KMN = torch.stack([_wide(matrices[i]) for i in chunk]).to(dtype or _fast_dtype(device))
+            done.update((i, _wide_as(x, matrices[i])) for i, x in zip(chunk, _newton_schulz(wide_KMN, steps)))
+    return [done[i] for i in range(len(matrices))]
+
+
+def _newton_schulz(x_KMN: Tensor, steps: int) -> Tensor:
+    a, b, c = _QUINTIC
+    x_KMN = x_KMN / x_KMN.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # so the spectral norm is at most one
+    for _ in range(steps):
+        gram_KMM = x_KMN @ x_KMN.mT
+        update_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+        x_KMN = torch.baddbmm(x_KMN, update_KMM, x_KMN, beta=a)
+    return x_KMN
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 without hardware for it is twenty times slower than float32."""
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+    return torch.bfloat16
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _wide_as(wide_MN: Tensor, matrix: Tensor) -> Tensor:
+    return wide_MN.T if matrix.shape[0] > matrix.shape[1] else wide_MN
+
+
+# Sharded parameters (DTensor): everything is per element, hence on local shards, but for Newton-Schulz.
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _locals(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [_local(t) for t in tensors if t is not None]
+
+
+def _whole(shard: Tensor, param: Tensor) -> Tensor:
+    """The matrix of which this rank holds ``shard``, laid out as ``param``."""
+    if not isinstance(param, DTensor):
+        return shard
+    layout = dict(shape=param.shape, stride=param.stride(), run_check=False)
+    return DTensor.from_local(shard, param.device_mesh, param.placements, **layout).full_tensor()
+
+
+def _part(matrix: Tensor, param: Tensor) -> Tensor:
+    """This rank's shard of a matrix that every rank holds whole."""
+    if not isinstance(param, DTensor):
+        return matrix
+    mesh = param.device_mesh
+    whole = DTensor.from_local(matrix, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=param.placements).to_local()

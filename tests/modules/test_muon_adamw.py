@@ -1,0 +1,214 @@
+"""MuonAdamW against torch.optim.Muon and torch.optim.AdamW, step by step."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_slm.modules import muon_adamw
+from lightning_slm.modules.muon_adamw import MuonAdamW, orthogonalize
+from lightning_slm.modules.parameter_groups import parameter_groups
+
+
+class Net(nn.Module):
+    """Tall, wide and square matrices, two of one shape, an embedding, a norm, biases and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 13, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(self.norm(x))
+
+
+def backward(net, step):
+    ids = torch.randint(13, (4, 6), generator=torch.Generator().manual_seed(step))
+    net.zero_grad()
+    loss = nn.functional.cross_entropy(net(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return loss
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Newton-Schulz in bf16, as torch.optim.Muon always does it, also where the processor is slow at that."""
+    monkeypatch.setattr(muon_adamw, "_fast_dtype", lambda device: torch.bfloat16)
+
+
+def test_five_steps_equal_those_of_torch_muon_and_torch_adamw(bf16):
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = MuonAdamW(parameter_groups(ours), lr=1e-2, muon_lr=0.05, weight_decay=0.1)
+    matrices = [layer.weight for layer in theirs.layers]
+    undecayed = [p for p in theirs.parameters() if p.ndim == 1] + [theirs.embed.weight]
+    adam = [{"params": undecayed, "weight_decay": 0.0}, {"params": [theirs.head.weight]}]
+    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.1)
+    adamw = torch.optim.AdamW(adam, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    for step in range(5):
+        backward(ours, step)
+        optimizer.step()
+        backward(theirs, step)
+        muon.step()
+        adamw.step()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=f"{name} after step {step}")
+
+
+def test_one_muon_step_equals_torch_muon_to_the_bit(bf16):
+    weights = [torch.randn(shape) for shape in [(8, 8), (8, 24), (24, 8), (8, 8)]]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    for a, b in zip(ours, theirs):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    MuonAdamW(ours, muon_lr=0.05, weight_decay=0.1).step()
+    torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8)], ids=str)
+def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
+    U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = U @ torch.diag(torch.linspace(0.3, 3, 8 if 8 in shape else 16)) @ Vh
+    (result,) = orthogonalize([matrix], dtype=torch.float32)
+    values = torch.diag(U.T @ result @ Vh.T)
+    assert 0.6 < values.min() < values.max() < 1.3
+    torch.testing.assert_close(U @ torch.diag(values) @ Vh, result, atol=1e-4, rtol=0)
+
+
+def test_matrices_of_one_shape_get_the_same_together_as_alone(monkeypatch):
+    matrices = [torch.randn(8, 24) for _ in range(3)] + [torch.randn(24, 8), torch.randn(8, 8)]
+    alone = [orthogonalize([m], dtype=torch.float32)[0] for m in matrices]
+    for limit in (2**24, 8 * 24 * 2, 1):
+        monkeypatch.setattr(muon_adamw, "_BATCH_ELEMENTS", limit)
+        for a, b in zip(orthogonalize(matrices, dtype=torch.float32), alone):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path):
+    net = Net()
+    optimizer = MuonAdamW(parameter_groups(net))
+    for step in range(6):
+        if step == 3:
+            torch.save((net.state_dict(), optimizer.state_dict()), tmp_path / "state")
+        backward(net, step)
+        optimizer.step()
+    again = Net()
+    resumed = MuonAdamW(parameter_groups(again), lr=1.0)  # the state brings the learning rate
+    weights, state = torch.load(tmp_path / "state", weights_only=True)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for step in range(3, 6):
+        backward(again, step)
+        resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+
+
+def test_the_closure_runs_first_with_gradients_on_and_its_loss_is_returned():
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    loss = MuonAdamW(parameter_groups(net)).step(lambda: backward(net, 0))
+    backward(twin, 0)
+    MuonAdamW(parameter_groups(twin)).step()
+    assert loss.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))
+
+
+def test_plain_parameters_are_split_by_dimension_and_named_ones_also_by_name():
+    net = Net()
+    plain, named = MuonAdamW(net.parameters()), MuonAdamW(net.named_parameters())
+    assert [len(g["params"]) for g in plain.param_groups] == [6, 6]
+    assert named.param_groups[0]["param_names"] == [f"layers.{i}.weight" for i in range(4)]
+    assert [g["lr"] for g in named.param_groups] == [0.02, 3e-3]
+
+
+def test_parameters_without_gradient_stay_and_get_no_state():
+    net = Net()
+    net.layers[0].weight.requires_grad_(False)
+    optimizer = MuonAdamW(net.named_parameters())
+    before = copy.deepcopy(net.layers[0].weight)
+    backward(net, 0)
+    optimizer.step()
+    assert torch.equal(net.layers[0].weight, before)
+    assert net.layers[0].weight not in optimizer.state
+
+
+def test_norms_biases_embeddings_and_marked_parameters_do_not_decay_and_tied_heads_are_embeddings():
+    net = Net()
+    net.layers[1].weight._no_weight_decay = True
+    groups = {g["name"]: g for g in parameter_groups(net)}
+    names = {id(p): name for name, p in net.named_parameters()}
+    chosen = {key: {names[id(p)] for p in g["params"]} for key, g in groups.items()}
+    assert chosen["matrices"] == {"layers.0.weight", "layers.2.weight", "layers.3.weight"}
+    assert chosen["others"] == {"head.weight"}
+    assert groups["no_decay"]["weight_decay"] == 0.0
+    assert sum(map(len, chosen.values())) == len(names)
+    net.head.weight = net.embed.weight
+    assert "others" not in {g["name"] for g in parameter_groups(net)}
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"momentum": 1.0}, {"betas": (0.9, 1.0)}], ids=str)
+def test_values_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MuonAdamW(Net().parameters(), **wrong)
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"use_muon is for matrices.*\(8,\)"):
+        MuonAdamW([{"params": [nn.Parameter(torch.ones(8))], "use_muon": True}])
+
+
+def test_on_shards_of_two_ranks_it_does_the_same_as_on_whole_matrices(tmp_path):
+    """fully_shard on gloo: every step of both ranks equals the step of one process; uneven shards included."""
+    script = tmp_path / "shards.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import torch
+            from torch import nn
+            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.tensor import DTensor
+            from lightning_slm.modules.muon_adamw import MuonAdamW
+
+            rank, store = int(sys.argv[1]), sys.argv[2]
+            torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+            torch.manual_seed(0)
+            make = lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+            whole, sharded = make(), make()
+            sharded.load_state_dict(whole.state_dict())
+            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+            fully_shard(sharded, mesh=mesh)
+            for step in range(3):
+                if step == 0:
+                    optimizers = [MuonAdamW(net.named_parameters()) for net in (whole, sharded)]
+                x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+                for net, optimizer in zip((whole, sharded), optimizers):
+                    optimizer.zero_grad()
+                    net(x).square().mean().backward()
+                    optimizer.step()
+            for a, b in zip(whole.parameters(), sharded.parameters()):
+                assert isinstance(b, DTensor)
+                torch.testing.assert_close(b.full_tensor(), a, atol=1e-6, rtol=0)
+            torch.distributed.destroy_process_group()
+            """
+        )
+    )
+    ranks = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"]) for r in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
