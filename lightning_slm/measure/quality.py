@@ -7,9 +7,12 @@ same sum of nats, in bits, per byte of the text that the tokens stand for; so mo
 # Shape letters: B = batch, T = tokens, V = vocabulary.
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -65,3 +68,99 @@ class BitsPerByte(_NatsPer):
 
     def compute(self) -> Tensor:
         return self.nats / (self.units * math.log(2))
+
+
+class Nats(NamedTuple):
+    """Cross-entropy summed over predicted tokens, how many these were, and in how many windows of which length."""
+
+    nats: float
+    tokens: int
+    windows: int
+    window: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats / self.tokens)
+
+    def bits_per_byte(self, bytes_per_token: float) -> float:
+        return self.nats / math.log(2) / (self.tokens * bytes_per_token)
+
+
+def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
+    """exp(mean nats per predicted token) over the windows of ``batches``; see `summed_nats` for what a batch may be."""
+    return summed_nats(model, batches).perplexity
+
+
+def bits_per_byte(model: nn.Module, batches: Iterable[Any], bytes_per_token: float) -> float:
+    """Bits per byte of text over the windows of ``batches``.
+
+    Args:
+        model: gives logits; see `summed_nats`.
+        batches: see `summed_nats`.
+        bytes_per_token: bytes of the text, in UTF-8, divided by its tokens.
+    """
+    return summed_nats(model, batches).bits_per_byte(bytes_per_token)
+
+
+@torch.no_grad()
+def summed_nats(model: nn.Module, batches: Iterable[Any]) -> Nats:
+    """Cross-entropy of ``model`` on every predicted token of ``batches``, in evaluation mode; window after window.
+
+    Args:
+        model: its forward gives logits (B, T, V), or an object or dict with ``logits``.
+        batches: each is a dict with ``input_ids`` (B, T) and optionally unshifted ``labels`` (-100: no loss),
+            ``attention_mask`` and ``position_ids``; or the ids alone; or a pair (ids, targets), where ``targets``
+            are the next tokens already. They are moved to the model's device.
+
+    Raises:
+        ValueError: there is nothing to predict, or a batch of another kind.
+    """
+    device = next(model.parameters()).device
+    nats, tokens, windows, window = 0.0, 0, 0, 0
+    with evaluating(model):
+        for batch in batches:
+            inputs, targets_BT = _inputs_and_targets(batch, device)
+            logits_BTV = _logits(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+            # One sequence at a time: in float32 the logits of a whole batch can be larger than the model.
+            for logits_TV, targets_T in zip(logits_BTV, targets_BT):
+                nats += nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum").item()
+            tokens += int((targets_BT != -100).sum())
+            windows, window = windows + len(targets_BT), max(window, targets_BT.shape[1])
+    if not tokens:
+        raise ValueError("no token to predict: there are no batches, or every label is -100.")
+    return Nats(nats, tokens, windows, window)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _inputs_and_targets(batch: Any, device: torch.device) -> tuple[dict[str, Tensor] | Tensor, Tensor]:
+    """What the model takes, and the token that each of its outputs shall predict; -100 where there is none."""
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        known = ("input_ids", "attention_mask", "position_ids")
+        inputs = {name: batch[name].to(device) for name in known if batch.get(name) is not None}
+        labels_BT = batch["labels"].to(device) if batch.get("labels") is not None else inputs["input_ids"]
+        if "attention_mask" in inputs:
+            labels_BT = labels_BT.masked_fill(inputs["attention_mask"] == 0, -100)
+        return inputs, nn.functional.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
+        return batch[0].to(device), batch[1].to(device)
+    kind = type(batch).__name__
+    raise ValueError(f"a batch is a dict with input_ids, a tensor of token ids, or a pair (ids, next ids), not {kind}.")
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        output = output["logits"]
+    return output if isinstance(output, Tensor) else output.logits
