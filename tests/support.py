@@ -1,0 +1,184 @@
+"""What several test files share: small modules that are not ours, runs that are killed and resumed, and comparing them.
+
+Shape letters: N = examples, B = batch, T = tokens.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.demos.transformer import LightningTransformer, Transformer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+VOCABULARY, WINDOW = 64, 8
+
+
+def batches(pairs: bool = False, n: int = 32, batch_size: int = 2) -> StatefulDataLoader:
+    """The same random tokens every time, as dicts of ``input_ids`` and ``labels`` or as (inputs, target) pairs."""
+    ids_NT = torch.randint(VOCABULARY, (n, WINDOW + 1), generator=torch.Generator().manual_seed(7))
+    if pairs:
+        return StatefulDataLoader([(ids[:-1], ids[1:]) for ids in ids_NT], batch_size=batch_size)
+    return StatefulDataLoader([{"input_ids": ids[1:], "labels": ids[1:]} for ids in ids_NT], batch_size=batch_size)
+
+
+class Demo(LightningTransformer):
+    """Lightning's demo, small, with all stages; its batches are pairs and its output log-probabilities (B * T, V)."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(VOCABULARY)
+        self.model = Transformer(VOCABULARY, ninp=32, nhead=2, nhid=64, nlayers=1, dropout=dropout)
+
+    def prepare_data(self) -> None:
+        """The demo's own would download."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class ForeignLlama(LightningModule):
+    """A Hugging Face model in ten lines of someone else's."""
+
+    def __init__(self, hidden: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * hidden}
+        heads = {"num_attention_heads": 2, "num_hidden_layers": layers, "tie_word_embeddings": True}
+        self.net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = self.net(**batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        self.log("val_loss", self.net(**batch).loss)
+
+    def test_step(self, batch: dict[str, Tensor]) -> None:
+        self.log("test_loss", self.net(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Notes(Logger):
+    """Keeps what was logged: ``steps[step][name]``."""
+
+    name, version = "notes", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.setdefault(step or 0, {}).update(metrics)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Not needed here."""
+
+
+class Killed(Exception):
+    """The run was killed."""
+
+
+class SaveAndDie(Checkpoint):
+    """Saves after some optimizer steps and ends the run by an exception one step later, as a power cut would."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+        elif trainer.global_step > self.step:
+            raise Killed
+
+
+class DropoutOfTheStep(Callback):
+    """Makes random numbers a function of the step: Lightning does not save the generators' state."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(1000 + batch_idx + trainer.global_rank)
+
+
+def trainer(folder: Path, callbacks: Any = (), steps: int = 8, **kwargs: Any) -> Trainer:
+    """A quiet Trainer on the CPU, for a run of ``steps`` optimizer steps."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": steps,
+        "logger": False,
+        "log_every_n_steps": 1,
+        **quiet,
+    }
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**settings, **kwargs})
+
+
+def checkpoint(run: Trainer, name: str = "end.ckpt") -> dict[str, Any]:
+    """Everything the run would save now."""
+    path = Path(run.default_root_dir) / name
+    run.save_checkpoint(path)
+    return torch.load(path, weights_only=True)
+
+
+def kill_and_resume(
+    make_module: Callable[[], Any],
+    make_callbacks: Callable[[], list[Any]],
+    folder: Path,
+    loader: Callable[[], Any] = batches,
+    saved_at: int = 5,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last checkpoints of a run that nothing happened to, and of one killed after its last save and resumed.
+
+    Each holds under "notes" what it logged from the save on. The module is made with another seed for the resumed
+    run: nothing may come from there.
+    """
+    ends = []
+    for part in ("straight", "killed", "resumed"):
+        torch.manual_seed(1 if part == "resumed" else 0)
+        notes, module, callbacks = Notes(), make_module(), [*make_callbacks(), DropoutOfTheStep()]
+        if part == "killed":
+            death = SaveAndDie(folder / "saved.ckpt", saved_at)
+            run = trainer(folder, [*callbacks, death], **{**kwargs, "enable_checkpointing": True})
+            with pytest.raises(Killed):
+                run.fit(module, loader())
+            continue
+        run = trainer(folder, callbacks, logger=notes, **kwargs)
+        run.fit(module, loader(), ckpt_path=folder / "saved.ckpt" if part == "resumed" else None)
+        later = {step: values for step, values in notes.steps.items() if step >= saved_at}
+        ends.append({**checkpoint(run), "notes": later})
+    return ends[0], ends[1]
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Where two nests of plain values and tensors are not equal bit for bit; empty where they are."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        lacking = [f"{at}/{key} is on one side only" for key in a.keys() ^ b.keys()]
+        return lacking + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{at}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return [f"{at}: {len(a)} and {len(b)} entries"]
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{at}/{i}")]
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [f"{at}: {a.flatten()[:4].tolist()}... and {b.flatten()[:4].tolist()}..."]
+    same = a == b or (a != a and b != b)
+    return [] if same else [f"{at}: {a} and {b}"]
+
+
+def learned(end: dict[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint must not depend on how the run got there."""
+    return {key: end[key] for key in ("state_dict", "optimizer_states", "callbacks", "notes") if key in end}
