@@ -53,7 +53,8 @@ class Attention(Mixer):
 
 class SlidingWindowAttention(Attention):
     """The same, looking back at the last ``config.sliding_window`` tokens only (Beltagy et al. 2020,
-    https://arxiv.org/abs/2004.05150); the cache forgets what lies behind the window."""
+    https://arxiv.org/abs/2004.05150); the cache forgets what lies behind the window.
+    """
 
     cache_type: ClassVar[str | None] = "sliding_attention"
 
