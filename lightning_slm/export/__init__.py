@@ -1,0 +1,5 @@
+"""Trained models as files that others can load."""
+
+from lightning_slm.export.huggingface import Exported, folder_bytes, save_hf_folder
+
+__all__ = ["Exported", "folder_bytes", "save_hf_folder"]

@@ -32,17 +32,21 @@ def unpack(packed_OP: Tensor, bits: int) -> Tensor:
 
 
 class _Packed(nn.Module):
-    """Codes and scales as buffers named ``weight`` and ``weight_scale``, so that tied layers share them by name."""
+    """Codes are the parameter ``weight``, without gradient, so that transformers ties the layers that were tied.
 
-    weight: Tensor
+    Scales are a buffer: as a parameter, their bfloat16 would pass for the dtype of the model.
+    """
+
     weight_scale: Tensor
     like: Tensor
 
     def __init__(self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.bits, self.group = bits, group
-        self.register_buffer("weight", torch.zeros(rows, columns * bits // 8, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(rows, columns // group, dtype=torch.bfloat16))
+        codes_OP = torch.zeros(rows, columns * bits // 8, dtype=torch.uint8)
+        scale_OG = torch.ones(rows, columns // group, dtype=torch.bfloat16)
+        self.weight = nn.Parameter(codes_OP, requires_grad=False)
+        self.register_buffer("weight_scale", scale_OG)
         # Empty; follows `.to(dtype)` and so says in which dtype an embedding answers.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 

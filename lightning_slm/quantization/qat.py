@@ -9,7 +9,7 @@ their class in place and nothing else: parameters, state-dict keys, hooks and mo
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,7 +119,7 @@ def prepare_qat_(
     layers = [(name, m, wanted[id(m.weight)]) for name, m in _layers(model) if id(m.weight) in wanted]
     for name, module, quant in layers:  # all checks before any change
         _check(name, module, quant)
-    _warn_of_the_rest(chosen, layers, empty_handed=not layers)
+    _warn_of_the_rest(chosen, [module for _, module, _ in layers])
     for _, module, quant in layers:
         if type(module) in _FAKE:
             module.__class__ = _FAKE[type(module)]
@@ -184,7 +184,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
             yield name, module
 
 
-def _tables(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _tables(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights of embeddings and output heads."""
     heads = output_heads(model)
     for name, module in _layers(model):
         if isinstance(module, nn.Embedding) or id(module.weight) in heads:
@@ -211,11 +212,9 @@ def _check(name: str, module: Layer, quant: LayerQuant) -> None:
         )
 
 
-def _warn_of_the_rest(
-    chosen: list[Target], layers: list[tuple[str, nn.Module, LayerQuant]], empty_handed: bool
-) -> None:
+def _warn_of_the_rest(chosen: list[Target], quantised: Sequence[nn.Module]) -> None:
     """Name what was asked for and stays in full precision, by kind of module."""
-    done = {id(m.weight) for _, m, _ in layers}
+    done = {id(m.weight) for m in quantised}
     rest = defaultdict(list)
     for target in chosen:
         if id(target.weight) not in done:
@@ -227,7 +226,7 @@ def _warn_of_the_rest(
             NoEffectWarning,
             stacklevel=3,
         )
-    elif empty_handed:
+    elif not quantised:
         warnings.warn("prepare_qat_ found no layer to quantise.", NoEffectWarning, stacklevel=3)
 
 
