@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_slm.measure.quality import evaluating
+
 
 def flops_per_token(model: nn.Module, context: int) -> int:
     """Floating-point operations of the forward pass of one token that attends to ``context`` tokens, itself included.
@@ -32,16 +34,16 @@ def flops_per_token(model: nn.Module, context: int) -> int:
 
 
 def _matrix_flops(model: nn.Module) -> int:
-    with _applications(model) as applied, torch.no_grad():
+    with _applications(model) as applied, evaluating(model), torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
-    return sum(2 * p.numel() for module in applied for p in module.parameters(recurse=False) if p.ndim == 2)
+    return sum(2 * _matrix_elements(module) for module in applied)
 
 
 @contextmanager
 def _applications(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Collects each module that holds a matrix, as often as it is called."""
     applied: list[nn.Module] = []
-    matrices = [m for m in model.modules() if not isinstance(m, nn.Embedding) and _holds_matrix(m)]
+    matrices = [m for m in model.modules() if _matrix_elements(m)]
     handles = [m.register_forward_pre_hook(lambda module, _: applied.append(module)) for m in matrices]
     try:
         yield applied
@@ -50,8 +52,13 @@ def _applications(model: nn.Module) -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
-def _holds_matrix(module: nn.Module) -> bool:
-    return any(p.ndim == 2 for p in module.parameters(recurse=False))
+def _matrix_elements(module: nn.Module) -> int:
+    """Elements of the matrices that a module itself multiplies with; packed layers tell their logical size."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features * module.out_features  # type: ignore[operator,return-value]
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
 
 
 def _attention_layers(model: nn.Module) -> list[tuple[int, int | None]]:

@@ -3,13 +3,15 @@
 # Shape letters: B = batch (1 here), T = tokens of the prompt.
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from lightning_slm.measure.memory import peak_memory
 from lightning_slm.measure.quality import evaluating, summed_nats
@@ -107,19 +109,32 @@ def measure_model(
         method: how; None: the defaults.
         device: where to run; None: where the model is.
     """
-    method, measured = method or Method(), Measured()
-    device = torch.device(device or next(model.parameters()).device)
+    method, measured, home = method or Method(), Measured(), next(model.parameters()).device
+    device = torch.device(device or home)
     measured.attempt(["parameters"], lambda: [count_parameters(model).total])
     measured.attempt(["sparsity"], lambda: [sparsity(model, method.targets, method.skip)])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_progress_bars():
         artefact = _exported(model, Path(folder), method, measured).to(device)
         measured.attempt(["weight_bytes"], lambda: [weight_bytes(artefact)])
         _measure_quality(artefact, batches, method, measured)
         prompt_BT = _prompt(artefact, batches, method.prompt_tokens).to(device)
         _measure_speed(artefact, prompt_BT, method, measured)
-        _measure_memory(Path(folder), prompt_BT, method, measured)
+        _measure_memory(artefact, Path(folder), prompt_BT, method, measured)
+    model.to(home)  # where it could not be exported, it was measured itself
     measured.setting.update(_setting(model, method, device))
     return measured
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Transformers' bars over the loading of weights would stand between the lines of the training's own."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def load_hf_folder(folder: Path) -> nn.Module:
@@ -204,14 +219,16 @@ def _measure_speed(model: nn.Module, prompt_BT: Tensor, method: Method, measured
         measured.attempt(["first_token_seconds", "tokens_per_second"], decode)
 
 
-def _measure_memory(folder: Path, prompt_BT: Tensor, method: Method, measured: Measured) -> None:
+def _measure_memory(model: nn.Module, folder: Path, prompt_BT: Tensor, method: Method, measured: Measured) -> None:
     if "peak_memory_bytes" in measured.reasons:
         return
     load, device = method.load or load_hf_folder, str(prompt_BT.device)
     arguments = (load, method.stream, folder, prompt_BT.tolist(), method.new_tokens, device)
+    # What loading would import on its way is no memory of the model's.
+    preload = [*method.preload, "transformers.models.auto.modeling_auto", type(model).__module__]
 
     def watch() -> list[float]:
-        memory = peak_memory(generate_from_folder, *arguments, preload=method.preload, device=device)
+        memory = peak_memory(generate_from_folder, *arguments, preload=preload, device=device)
         kind = "a fresh process (resident set)" if device == "cpu" else "PyTorch's allocator"
         measured.setting.update(memory_baseline_bytes=memory.baseline, memory=kind)
         return [memory.bytes]

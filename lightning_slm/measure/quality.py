@@ -6,6 +6,7 @@ same sum of nats, in bits, per byte of the text that the tokens stand for; so mo
 
 # Shape letters: B = batch, T = tokens, V = vocabulary.
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,7 +111,8 @@ def summed_nats(model: nn.Module, batches: Iterable[Any]) -> Nats:
         model: its forward gives logits (B, T, V), or an object or dict with ``logits``.
         batches: each is a dict with ``input_ids`` (B, T) and optionally unshifted ``labels`` (-100: no loss),
             ``attention_mask`` and ``position_ids``; or the ids alone; or a pair (ids, targets), where ``targets``
-            are the next tokens already. They are moved to the model's device.
+            are the next tokens already (and are passed on to a model whose forward asks for two arguments). They are
+            moved to the model's device.
 
     Raises:
         ValueError: there is nothing to predict, or a batch of another kind.
@@ -120,7 +122,7 @@ def summed_nats(model: nn.Module, batches: Iterable[Any]) -> Nats:
     with evaluating(model):
         for batch in batches:
             inputs, targets_BT = _inputs_and_targets(batch, device)
-            logits_BTV = _logits(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+            logits_BTV = _logits(model, inputs, targets_BT)
             # One sequence at a time: in float32 the logits of a whole batch can be larger than the model.
             for logits_TV, targets_T in zip(logits_BTV, targets_BT):
                 nats += nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum").item()
@@ -160,7 +162,17 @@ def _inputs_and_targets(batch: Any, device: torch.device) -> tuple[dict[str, Ten
     raise ValueError(f"a batch is a dict with input_ids, a tensor of token ids, or a pair (ids, next ids), not {kind}.")
 
 
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Mapping):
-        output = output["logits"]
-    return output if isinstance(output, Tensor) else output.logits
+def _logits(model: nn.Module, inputs: dict[str, Tensor] | Tensor, targets_BT: Tensor) -> Tensor:
+    """Logits (or log-probabilities) of shape (B, T, V), however the model takes its inputs and returns them."""
+    if isinstance(inputs, dict):
+        output = model(**inputs)
+    else:
+        output = model(inputs, targets_BT) if _required_arguments(model) > 1 else model(inputs)
+    logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+    return logits.reshape(*targets_BT.shape, -1)
+
+
+def _required_arguments(model: nn.Module) -> int:
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = (p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return sum(p.default is p.empty for p in named)

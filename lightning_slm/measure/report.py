@@ -47,13 +47,13 @@ class Report:
         """What a reader wants to know first."""
         key = "bits_per_byte" if self.change("bits_per_byte") else "perplexity"
         size, quality = self.change("file_bytes"), self.change(key)
-        parts = [f"{1 / size:.2f}x smaller file"] if size else []
+        parts = [f"{1 / size:.2f}x smaller file" if size < 1 else f"{size:.2f}x the file"] if size else []
         parts += [f"{quality:.3f}x the {key.replace('_', ' ')}"] if quality else []
         return ", ".join(parts) or "before and after"
 
     def notes(self) -> list[str]:
         """Under which circumstances the numbers hold, and why some are missing: a line each."""
-        about = [f"{key}: {value}" for key, value in {**self.about, **_circumstances(self.after.setting)}.items()]
+        about = [f"{key}: {value}" for key, value in {**self.about, **_circumstances(self.after)}.items()]
         machine = f"hardware: {describe(self.hardware)}"
         packages = f"versions: {', '.join(f'{k} {v}' for k, v in self.versions.items())}"
         missing = {**self.after.reasons, **self.before.reasons}
@@ -173,8 +173,8 @@ def _label(key: str) -> str:
     return next(q.label for q in QUANTITIES if q.key == key)
 
 
-def _circumstances(setting: Mapping[str, Any]) -> dict[str, str]:
-    notes = {}
+def _circumstances(measured: Measured) -> dict[str, str]:
+    notes, setting = {}, measured.setting
     if "windows" in setting:
         notes["quality"] = (
             f"{setting['windows']} windows of {setting['window']} tokens that do not overlap, "
@@ -182,10 +182,11 @@ def _circumstances(setting: Mapping[str, Any]) -> dict[str, str]:
         )
         if "bytes_per_token" in setting:
             notes["quality"] += f", {setting['bytes_per_token']:.4f} bytes per token"
-    notes["speed"] = (
-        f"greedy decoding of {setting['new_tokens']} tokens after a prompt of {setting['prompt_tokens']}, batch 1, "
-        f"median of {setting['runs']} runs after a warm-up, on {setting['device']}"
-    )
+    if "tokens_per_second" in measured.values:
+        notes["speed"] = (
+            f"greedy decoding of {setting['new_tokens']} tokens after a prompt of {setting['prompt_tokens']}, batch 1, "
+            f"median of {setting['runs']} runs after a warm-up, on {setting['device']}"
+        )
     if "memory_baseline_bytes" in setting:
         baseline = f"{setting['memory_baseline_bytes'] / 1e6:.0f} MB"
         notes["peak memory"] = f"of {setting['memory']}, beyond the {baseline} in use before the model was loaded"

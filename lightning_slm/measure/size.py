@@ -1,6 +1,7 @@
 """How much there is of a model: parameters, zeros among them, bytes in memory and on disk."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +19,14 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Parameters of ``model``, a tied one counted once.
+    """Parameters of ``model``: a tied one counts once, a packed one as the weights that it stands for.
 
     >>> layer = nn.Linear(4, 2, bias=False)
     >>> _ = layer.weight.data[0].zero_()
     >>> count_parameters(nn.Sequential(layer, layer))
     ParameterCount(total=8, nonzero=4)
     """
-    parameters = list(model.parameters())  # each once, however often it is tied
+    parameters = list(_unpacked(model).parameters())  # each once, however often it is tied
     return ParameterCount(sum(p.numel() for p in parameters), sum(p.numel() - _zeros(p) for p in parameters))
 
 
@@ -40,13 +41,13 @@ def sparsity(model: nn.Module, targets: Patterns = "*", skip: Patterns = ()) -> 
     Raises:
         ValueError: a pattern matches nothing; lists near names.
     """
-    weights = [t.weight for t in weight_targets(model, targets, skip)]
+    weights = [t.weight for t in weight_targets(_unpacked(model), targets, skip)]
     return sum(map(_zeros, weights)) / max(1, sum(w.numel() for w in weights))
 
 
 def sparsity_by_layer(model: nn.Module, targets: Patterns = "*", skip: Patterns = ()) -> dict[str, float]:
     """The same, for each targeted layer by its name."""
-    return {t.name: _zeros(t.weight) / t.weight.numel() for t in weight_targets(model, targets, skip)}
+    return {t.name: _zeros(t.weight) / t.weight.numel() for t in weight_targets(_unpacked(model), targets, skip)}
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -71,6 +72,23 @@ def file_bytes(path: str | Path) -> int:
         raise ValueError(f"{str(path)!r} is neither a file nor a folder.")
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(p.stat().st_size for p in files)
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """``model``, or where layers are packed a copy with plain ones: a packed layer says ``dequantized()``."""
+    if not any(hasattr(m, "dequantized") for m in model.modules()):
+        return model
+    copied = copy.deepcopy(model)
+    made: dict[int, nn.Parameter] = {}
+    for name, packed in list(copied.named_modules()):
+        if hasattr(packed, "dequantized"):
+            plain = nn.Linear(1, 1, bias=False) if hasattr(packed, "in_features") else nn.Embedding(1, 1)
+            # Tied layers hold the same codes.
+            codes = packed.weight.data_ptr()
+            plain.weight = made.setdefault(codes, nn.Parameter(packed.dequantized(), requires_grad=False))
+            plain.register_parameter("bias", getattr(packed, "bias", None))
+            copied.set_submodule(name, plain)
+    return copied
 
 
 def _zeros(weight: Tensor) -> int:
