@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/codespell
 
 benchmark: install
-	$(BIN)/python -m tests.benchmarks
+	PATH="$(abspath $(BIN)):$$PATH" python tests/benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
