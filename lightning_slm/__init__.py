@@ -5,6 +5,8 @@ Names are imported when they are first used, so that ``import lightning_slm`` co
 
 from importlib import import_module
 
+from lightning_slm._transformers import register as _register_with_transformers
+
 __version__ = "0.1.0"
 
 # Public name -> the sub-package that exports it. Everything here also is a short name for the command line.
@@ -39,3 +41,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_PACKAGES})
+
+
+_register_with_transformers()

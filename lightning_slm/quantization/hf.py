@@ -4,19 +4,20 @@
 Importing this module registers the method.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_slm.quantization.packed import PackedEmbedding, PackedLinear
 from lightning_slm.quantization.qat import LayerQuant
+
+if TYPE_CHECKING:  # at run time this module may be imported while transformers itself is
+    from transformers import PreTrainedModel
 
 METHOD = "lightning_slm"
 
@@ -61,7 +62,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True  # transformers' word for: only folders that are quantised already
     quantization_config: PackedConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         _check_files(self.quantization_config.by_name(), kwargs.get("checkpoint_files") or [])
         modules = dict(model.named_modules())
         for name, quant in self.quantization_config.by_name().items():
@@ -74,11 +75,11 @@ class PackedQuantizer(HfQuantizer):
         for target, _ in self._tied(model):
             target._non_persistent_buffers_set.add("weight_scale")  # neither looked for in the file nor written to one
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for target, source in self._tied(model):
             target.weight_scale = source.weight_scale
 
-    def _tied(self, model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    def _tied(self, model: "PreTrainedModel") -> list[tuple[nn.Module, nn.Module]]:
         """Packed layers that share the codes of another; transformers ties those, and knows of no scales."""
         owners = [[key.rpartition(".")[0] for key in pair] for pair in model.all_tied_weights_keys.items()]
         packed = self.quantization_config.by_name()
