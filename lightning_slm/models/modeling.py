@@ -5,11 +5,13 @@
 
 # Shape letters: B = batch, T = tokens of this call, D = model width, V = vocabulary.
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -70,8 +72,8 @@ class SLMPreTrainedModel(PreTrainedModel):
     config_class = SLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (the forms of these are transformers')
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
 
@@ -116,7 +118,7 @@ class SLMModel(SLMPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        context = self._context(x_BTD, attention_mask, position_ids, past_key_values)
+        context = self.context(x_BTD, attention_mask, position_ids, past_key_values)
         x_BTD = self.run_blocks(x_BTD, context)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)
 
@@ -129,7 +131,10 @@ class SLMModel(SLMPreTrainedModel):
                 layer_idx += 1
         return x_BTD
 
-    def _context(self, x_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any) -> Context:
+    def context(
+        self, x_BTD: Tensor, attention_mask: Any = None, position_ids: Tensor | None = None, cache: Any = None
+    ) -> Context:
+        """Positions and masks of one forward pass, as ``run_blocks`` takes them."""
         past = cache.get_seq_length() if cache is not None else 0
         T, longest = x_BTD.shape[1], self.config.max_position_embeddings
         if past + T > longest:
@@ -146,28 +151,54 @@ class SLMModel(SLMPreTrainedModel):
     def _masks(self, x_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any) -> dict[str, Any]:
         if isinstance(attention_mask, dict):  # generate() with a static cache has made them already
             return attention_mask
+        makers: dict[str, Callable[..., Tensor | None]] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
         return {
-            kind: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+            kind: makers[kind](
                 config=self.config,
                 inputs_embeds=x_BTD,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 position_ids=position_ids,
             )
-            for kind in dict.fromkeys(self.config.layer_types)
+            for kind in set(self.config.layer_types)
         }
 
 
 class SLMForCausalLM(SLMPreTrainedModel, GenerationMixin):
     """The backbone with an output head: a language model."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own form)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: SLMConfig) -> None:
         super().__init__(config)
         self.model = SLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_hf(cls, source: str | Path | PreTrainedModel) -> "SLMForCausalLM":
+        """Our model with the weights of a Llama-format Hugging Face checkpoint (Llama, Mistral).
+
+        Args:
+            source: a folder, or the model itself.
+
+        Raises:
+            ValueError: an architecture, or a variant of it, that ours does not have.
+        """
+        from lightning_slm.models.convert import from_llama  # which builds this class
+
+        model = source if isinstance(source, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(source)
+        return model if isinstance(model, cls) else from_llama(model)
+
+    def to_hf(self) -> PreTrainedModel:
+        """The same model as ``LlamaForCausalLM``, for runtimes that know only that.
+
+        Raises:
+            ValueError: the pattern holds more than plain attn/mlp blocks; says which.
+        """
+        from lightning_slm.models.convert import to_llama
+
+        return to_llama(self)
 
     def forward(
         self,

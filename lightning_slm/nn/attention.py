@@ -23,7 +23,7 @@ class Attention(Mixer):
         head_dim: width of one head.
     """
 
-    cache_type: ClassVar[str | None] = "full_attention"
+    cache_type: ClassVar[str] = "full_attention"
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SlidingWindowAttention(Attention):
     https://arxiv.org/abs/2004.05150); the cache forgets what lies behind the window.
     """
 
-    cache_type: ClassVar[str | None] = "sliding_attention"
+    cache_type: ClassVar[str] = "sliding_attention"
 
 
 def naive_attention(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, window: int | None = None) -> Tensor:

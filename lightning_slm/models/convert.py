@@ -1,0 +1,115 @@
+"""To and from Hugging Face's Llama: the same function, its matrices split or stacked, and other names."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lightning_slm.models.configuration import SLMConfig
+from lightning_slm.models.modeling import SLMForCausalLM
+
+# Ours within a block -> Llama's within a layer; several: stacked along the outputs, in this order.
+_LAYER = {
+    "token_norm": ("input_layernorm",),
+    "token_mixer.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "token_mixer.o_proj": ("self_attn.o_proj",),
+    "channel_norm": ("post_attention_layernorm",),
+    "channel_mixer.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "channel_mixer.down_proj": ("mlp.down_proj",),
+}
+_OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+_SAME_VALUES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id",
+    "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def from_llama(theirs: PreTrainedModel) -> SLMForCausalLM:
+    """Our model with the weights of a Llama (or Mistral) in ``transformers``.
+
+    Raises:
+        ValueError: another architecture, or a variant that ours does not have (biases, scaled rotary positions).
+    """
+    model = SLMForCausalLM(from_llama_config(theirs.config))
+    nn.Module.to(model, theirs.dtype)
+    source = theirs.state_dict()
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            target.copy_(torch.cat([source[part] for part in _llama_names(name)]))
+    model.generation_config = theirs.generation_config
+    return model.train(theirs.training)
+
+
+def to_llama(model: SLMForCausalLM) -> LlamaForCausalLM:
+    """The same function as ``LlamaForCausalLM``: what llama.cpp, vLLM and every other runtime reads.
+
+    Raises:
+        ValueError: the pattern holds something that Llama does not have.
+    """
+    theirs = LlamaForCausalLM(to_llama_config(model.config))
+    nn.Module.to(theirs, model.dtype)
+    target = theirs.state_dict()
+    with torch.no_grad():
+        for name, source in model.state_dict().items():
+            parts = _llama_names(name)
+            for part, rows in zip(parts, source.split([len(target[part]) for part in parts])):
+                target[part].copy_(rows)
+    theirs.generation_config = model.generation_config
+    return theirs.train(model.training)
+
+
+def from_llama_config(theirs: PreTrainedConfig) -> SLMConfig:
+    """The configuration of a Llama or Mistral as a pattern of ours."""
+    if theirs.model_type not in ("llama", "mistral"):
+        raise ValueError(f"from_hf reads Llama-format models (llama, mistral), not {theirs.model_type!r}.")
+    rope = dict(theirs.rope_parameters)
+    variants = {
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "hidden_act": (theirs.hidden_act, "silu"),
+        "attention_bias": (getattr(theirs, "attention_bias", False), False),
+        "mlp_bias": (getattr(theirs, "mlp_bias", False), False),
+    }
+    if unknown := {name: given for name, (given, ours) in variants.items() if given != ours}:
+        raise ValueError(f"from_hf: ours has no such variant of Llama: {unknown}.")
+    window = getattr(theirs, "sliding_window", None)
+    return SLMConfig(
+        **{name: getattr(theirs, name) for name in _SAME_VALUES},
+        pattern=f"{'attn' if window is None else 'swa'}/mlp*{theirs.num_hidden_layers}",
+        sliding_window=window,
+        rope_theta=rope["rope_theta"],
+    )
+
+
+def to_llama_config(ours: PreTrainedConfig) -> LlamaConfig:
+    """The configuration of a pure ``attn/mlp`` model as Llama's.
+
+    Raises:
+        ValueError: another pattern; says which block.
+    """
+    for i, block in enumerate(ours.blocks):
+        names = [None if spec is None else (spec.name, spec.label) for spec in (block.token, block.channel)]
+        if names != [("attn", None), ("mlp", None)]:
+            raise ValueError(
+                f"to_hf: block {i} of pattern {ours.pattern!r} is no plain attn/mlp of its own, as all of Llama's are; "
+                "save_pretrained keeps the model as it is."
+            )
+    if ours.repeat != 1:
+        raise ValueError(f"to_hf: repeat={ours.repeat} runs blocks several times, Llama runs each once.")
+    return LlamaConfig(
+        **{name: getattr(ours, name) for name in _SAME_VALUES},
+        num_hidden_layers=len(ours.blocks),
+        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
+    )
+
+
+def _llama_names(name: str) -> list[str]:
+    """Llama's parameters that one of ours is stacked from."""
+    if name in _OUTSIDE:
+        return [name]
+    prefix, _, rest = name.removeprefix("model.layers.").partition(".")
+    module, _, attribute = rest.rpartition(".")
+    if not name.startswith("model.layers.") or module not in _LAYER or attribute != "weight":
+        raise ValueError(
+            f"{name!r} has no place in a Llama; undo what changed the layer (quantisation, adapters) first."
+        )
+    return [f"model.layers.{prefix}.{part}.weight" for part in _LAYER[module]]

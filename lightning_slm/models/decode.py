@@ -1,0 +1,226 @@
+"""Decoding with static state: buffers made once, one token per step, nothing around it.
+
+``model.generate()`` stays Hugging Face's, with beams and processors; this loop is for speed at a single sequence.
+"""
+
+# Shape letters: B = batch, T = tokens of this call, S = tokens the buffers hold, D = model width, V = vocabulary,
+# K = key-value heads, d = head width.
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_slm.models.modeling import SLMForCausalLM
+from lightning_slm.nn.mixer import Context
+from lightning_slm.nn.rope import rope_angles
+
+
+class Decoder(Protocol):
+    """Feeds a model token by token; remembers what it has read."""
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """Read these tokens; logits of the next one, (B, V)."""
+
+
+@torch.inference_mode()
+def generate_stream(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | None = None,
+    compile: bool = False,
+) -> Iterator[int]:
+    """Continue one sequence, token by token.
+
+    Args:
+        model: ours, or any causal language model of ``transformers`` (through its own cache).
+        input_ids: the prompt, (T,) or (1, T).
+        max_new_tokens: how many at most.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it and drawn from.
+        top_k: draw from the k most probable tokens.
+        top_p: draw from the most probable tokens that together have this probability.
+        eos_token_id: ends the sequence, and is yielded last.
+        compile: run the step through ``torch.compile``: some ten seconds once, then faster. Ours only.
+
+    Raises:
+        ValueError: an empty prompt, more tokens than the model has positions for, or ``compile`` for a model
+            that is not ours.
+    """
+    ids_1T = torch.as_tensor(input_ids).reshape(1, -1)
+    if ids_1T.shape[1] == 0:
+        raise ValueError("input_ids is empty; give at least one token, the one that begins texts for example.")
+    was_training = model.training
+    model.eval()
+    try:
+        read = make_decoder(model, 1, ids_1T.shape[1] + max_new_tokens, compile=compile)
+        for _ in range(max_new_tokens):
+            ids_1T = sample(read(ids_1T), temperature, top_k, top_p)
+            token = int(ids_1T)
+            yield token
+            if token == eos_token_id:
+                return
+    finally:
+        model.train(was_training)
+
+
+def sample(logits_BV: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """The next token of each sequence, (B, 1); the arguments are those of ``generate_stream``."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    logits_BV = logits_BV.float() / temperature
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        smallest_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
+    if top_p is not None:
+        sorted_BV, order_BV = logits_BV.sort(descending=True)
+        probs_BV = sorted_BV.softmax(-1)
+        beyond_BV = probs_BV.cumsum(-1) - probs_BV > top_p  # what lies before it is enough already
+        logits_BV = logits_BV.masked_fill(beyond_BV.scatter(1, order_BV, beyond_BV), -torch.inf)
+    return torch.multinomial(logits_BV.softmax(-1), 1)
+
+
+def make_decoder(model: nn.Module, batch: int, capacity: int, *, compile: bool = False) -> Decoder:
+    """The fastest way to read tokens that ``model`` allows: static buffers for ours, otherwise its own cache.
+
+    Args:
+        batch: sequences, each of equal length.
+        capacity: tokens of prompt and continuation together.
+        compile: whether single tokens go through ``torch.compile``.
+    """
+    if isinstance(model, SLMForCausalLM) and set(model.config.layer_types) <= {"full_attention", "sliding_attention"}:
+        return (_CompiledDecoder if compile else _StaticDecoder)(model, batch, capacity)
+    if compile:
+        raise ValueError(f"compile=True needs an SLMForCausalLM of attention layers, not {type(model).__name__}.")
+    return _CacheDecoder(model)
+
+
+class _CacheDecoder:
+    """Any model that takes and returns ``past_key_values``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.cache: Any = None
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        out = self.model(input_ids=ids_BT, past_key_values=self.cache, use_cache=True)
+        self.cache = getattr(out, "past_key_values", None)
+        if self.cache is None:
+            raise ValueError(f"{type(self.model).__name__} returns no past_key_values; it cannot decode by steps.")
+        return out.logits[:, -1]
+
+
+class _StaticCache:
+    """Keys and values of every virtual layer in buffers made once; the step looks at the filled part."""
+
+    def __init__(self, model: SLMForCausalLM, batch: int, capacity: int) -> None:
+        config, weight = model.config, model.model.embed_tokens.weight
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in config.layer_types] for _ in range(2)
+        )
+        self.windows = [config.sliding_window if t == "sliding_attention" else capacity for t in config.layer_types]
+        self.length = 0
+
+    def update(self, k_BKTd: Tensor, v_BKTd: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        end = self.length + k_BKTd.shape[2]
+        keys[:, :, self.length : end] = k_BKTd
+        values[:, :, self.length : end] = v_BKTd
+        start = max(0, end - self.windows[layer_idx]) if k_BKTd.shape[2] == 1 else 0
+        return keys[:, :, start:end], values[:, :, start:end]
+
+
+class _StaticDecoder:
+    """Ours in eager mode: each step attends to views of the filled part of the buffers, without any mask."""
+
+    def __init__(self, model: SLMForCausalLM, batch: int, capacity: int) -> None:
+        if capacity > model.config.max_position_embeddings:
+            raise ValueError(
+                f"{capacity} tokens of prompt and continuation are more than max_position_embeddings="
+                f"{model.config.max_position_embeddings}; lower max_new_tokens or shorten the prompt."
+            )
+        self.model, self.config = model, model.config
+        self.cache = _StaticCache(model, batch, capacity)
+        positions = torch.arange(capacity, device=model.device)[None]
+        self.cos, self.sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        T = ids_BT.shape[1]
+        logits_BV = self.step(ids_BT) if T == 1 and self.cache.length else self.prefill(ids_BT)
+        self.cache.length += T
+        return logits_BV
+
+    def prefill(self, ids_BT: Tensor) -> Tensor:
+        if self.cache.length:
+            raise ValueError("a decoder reads its prompt once, then one token at a time; make a new one.")
+        x_BTD = self.model.model.embed_tokens(ids_BT)
+        context = self.model.model.context(x_BTD)
+        context.cache = self.cache
+        return _logits_of_last(self.model, x_BTD, context)
+
+    def step(self, ids_B1: Tensor) -> Tensor:
+        now = slice(self.cache.length, self.cache.length + 1)
+        context = Context((self.cos[:, :, now], self.sin[:, :, now]), cache=self.cache)
+        return _logits_of_last(self.model, self.model.model.embed_tokens(ids_B1), context)
+
+
+def _logits_of_last(model: SLMForCausalLM, x_BTD: Tensor, context: Context) -> Tensor:
+    x_BTD = model.model.run_blocks(x_BTD, context)
+    return model.lm_head(model.model.norm(x_BTD[:, -1]))
+
+
+class _CompiledDecoder(_StaticDecoder):
+    """Ours with a compiled step: the whole buffers under a mask, so that shapes never change.
+
+    Buffers are rounded up to a power of two, so that prompts of other lengths do not compile anew.
+    """
+
+    def __init__(self, model: SLMForCausalLM, batch: int, capacity: int) -> None:
+        longest = model.config.max_position_embeddings
+        roomy = max(256, 1 << (capacity - 1).bit_length())
+        super().__init__(model, batch, min(roomy, longest) if capacity <= longest else capacity)
+
+    def step(self, ids_B1: Tensor) -> Tensor:
+        position_1 = torch.tensor([self.cache.length], device=ids_B1.device)
+        return _compiled_step()(self.model, self.cache.keys, self.cache.values, ids_B1, position_1)
+
+
+@cache
+def _compiled_step() -> Callable[..., Tensor]:
+    return torch.compile(_static_step, dynamic=False, fullgraph=True)
+
+
+def _static_step(
+    model: SLMForCausalLM, keys: list[Tensor], values: list[Tensor], ids_B1: Tensor, position_1: Tensor
+) -> Tensor:
+    config = model.config
+    distance_S = position_1 - torch.arange(keys[0].shape[2], device=position_1.device)
+    masks = {"full_attention": distance_S >= 0}
+    if config.sliding_window is not None:
+        masks["sliding_attention"] = (distance_S >= 0) & (distance_S < config.sliding_window)
+    context = Context(
+        rope=rope_angles(position_1[None], config.head_dim, config.rope_theta),
+        masks={kind: mask_S[None, None, None] for kind, mask_S in masks.items()},
+        cache=_IndexedCache(keys, values, position_1),
+    )
+    return _logits_of_last(model, model.model.embed_tokens(ids_B1), context)
+
+
+class _IndexedCache:
+    """The same buffers, written at a position that is a tensor."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], position_1: Tensor) -> None:
+        self.keys, self.values, self.position_1 = keys, values, position_1
+
+    def update(self, k_BK1d: Tensor, v_BK1d: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.index_copy_(2, self.position_1, k_BK1d)
+        values.index_copy_(2, self.position_1, v_BK1d)
+        return keys, values
