@@ -120,7 +120,8 @@ class _StaticCache:
     """Keys and values of every virtual layer in buffers made once; the step looks at the filled part."""
 
     def __init__(self, model: SLMForCausalLM, batch: int, capacity: int) -> None:
-        config, weight = model.config, model.model.embed_tokens.weight
+        # The norm is in the precision that blocks compute in, whatever embeddings are packed into.
+        config, weight = model.config, model.model.norm.weight
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = (
             [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in config.layer_types] for _ in range(2)
