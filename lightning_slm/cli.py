@@ -5,10 +5,12 @@ are answered without them; the rest of the work is in ``lightning_slm._cli``.
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from lightning_slm import __version__
-from lightning_slm._cli import UserError, packaged, summary
+from lightning_slm._cli import UserError, options, packaged, summary
+from lightning_slm._cli.quiet import quieten
 from lightning_slm.errors import near
 
 USAGE = """\
@@ -38,6 +40,7 @@ def _train(command: str) -> Callable[[list[str]], None]:
             print(summary.of_training(command))
             return
         configs = packaged.resolve_configs(args)
+        quieten()
         from lightning_slm._cli.training import run as run_training
 
         run_training(command, configs)
@@ -47,9 +50,8 @@ def _train(command: str) -> Callable[[list[str]], None]:
 
 def _tool(command: str) -> Callable[[list[str]], None]:
     def run(args: list[str]) -> None:
-        from lightning_slm._cli import options
-
         parsed = options.parser(command).parse_args(args)
+        quieten()
         from lightning_slm._cli import tools
 
         getattr(tools, command)(parsed)
@@ -78,7 +80,18 @@ def main(args: Sequence[str] | None = None) -> int:
             hint = "Options follow the command." if argv[0].startswith("-") else near(argv[0], COMMANDS, n=8)
             raise UserError(f"unknown command {argv[0]!r}. {hint}")
         COMMANDS[argv[0]](argv[1:])
-    except UserError as error:
+    except (UserError, ValueError, FloatingPointError) as error:
+        if not _is_explained(error):
+            raise
         print(f"lightning-slm: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while importing or preparing: there is nothing to save yet, and nothing to explain
+        print("lightning-slm: interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+def _is_explained(error: BaseException) -> bool:
+    """Whether it was raised in this package, its message hence written for the user: a traceback would hide it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").startswith("lightning_slm.")

@@ -1,4 +1,4 @@
-"""The options of ``generate``, ``measure`` and ``export``, apart from their work so that ``--help`` need not import it."""
+"""Options of ``generate``, ``measure`` and ``export``, apart from their work so that ``--help`` need not import it."""
 
 import argparse
 

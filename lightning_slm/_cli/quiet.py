@@ -12,10 +12,13 @@ class _NotNoise(logging.Filter):
         return not _NOISE.search(record.getMessage())
 
 
+_FILTER = _NotNoise()
+
+
 def quieten() -> None:
     """Silence advertisements and import-time complaints of optional extensions; only ever called by the program."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(_NotNoise())
+        logging.getLogger(name).addFilter(_FILTER)
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-CONFIG, LAST = "config.yaml", Path("checkpoints") / "last.ckpt"
+from lightning_slm._cli.paths import CONFIG, LAST
 
 
 class LastCheckpoint(Checkpoint):
@@ -27,6 +27,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, every_seconds: float = 60.0) -> None:
         self.every_seconds = every_seconds
+        self.last_model_path = self.best_model_path = ""  # what Lightning and its loggers ask a Checkpoint for
         self._interrupted = False
         self._previous_handler: Any = None
 
@@ -60,8 +61,9 @@ class LastCheckpoint(Checkpoint):
         self._restore_handler()
 
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.last_model_path = self.best_model_path = str(Path(trainer.default_root_dir) / LAST)
+            trainer.save_checkpoint(self.last_model_path)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def _on_interrupt(self, *_: Any) -> None:
@@ -79,22 +81,8 @@ class LastCheckpoint(Checkpoint):
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration of a training run beside its checkpoints; a later start replaces it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, save_to_log_dir=False)
-
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, folder / CONFIG, skip_none=False, overwrite=True, multifile=False)
-
-
-def last_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: the file itself, or the last one of a run folder."""
-    return path / LAST if path.is_dir() else path
-
-
-def run_folder_of(checkpoint: Path) -> Path | None:
-    """The run folder a checkpoint lies in, if it was written by ``lightning-slm fit``."""
-    folder = checkpoint.parent.parent
-    return folder if (folder / CONFIG).is_file() else None

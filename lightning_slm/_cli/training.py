@@ -6,15 +6,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_slm._cli import UserError, packaged
-from lightning_slm._cli.quiet import quieten
-from lightning_slm._cli.run_folder import CONFIG, LAST, LastCheckpoint, SaveConfig, last_checkpoint, run_folder_of
+from lightning_slm._cli.paths import CONFIG, LAST, last_checkpoint, run_folder_of
+from lightning_slm._cli.progress import StepProgressBar
+from lightning_slm._cli.run_folder import LastCheckpoint, SaveConfig
 from lightning_slm.errors import near
 
 # Short names on the command line are those of classes already imported.
@@ -28,7 +32,7 @@ _ALTERNATIVE = re.compile(r" *- Expected a <class 'NoneType'>\n?")
 
 def run(command: str, args: list[str]) -> None:
     """Run one of Lightning's subcommands; ``args`` name files, not recipes."""
-    quieten()
+    disable_progress_bar()  # of loading weights; a run has a bar of its own
     for package in _PUBLIC:
         import_module(f"lightning_slm.{package}")
     SLMCLI(command, ["--help" if arg == "--help-all" else arg for arg in args])
@@ -60,7 +64,7 @@ def _without_alternatives(message: str) -> str:
 
 
 def _class_names() -> list[str]:
-    def below(base: type) -> Iterable[type]:
+    def below(base: Any) -> Iterable[type]:
         for sub in base.__subclasses__():
             yield sub
             yield from below(sub)
@@ -82,6 +86,7 @@ class SLMCLI(LightningCLI):
             args=[command, *_with_config_of_checkpoint(args)],
             parser_class=Parser,
             save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
@@ -96,7 +101,7 @@ class SLMCLI(LightningCLI):
         if self._command == "fit":
             parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # Lightning's own warns where sys.argv is what we were called with
 
     def _parse_ckpt_path(self) -> None:
@@ -117,6 +122,16 @@ class SLMCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise UserError(_without_alternatives(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self._command].trainer
+        if self._command == "fit" and config.enable_checkpointing is False:
+            self._parser(self._command).callback_keys.remove("checkpoint")
+        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(StepProgressBar())
+        return super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -145,9 +160,9 @@ def _with_config_of_checkpoint(args: list[str]) -> list[str]:
     checkpoint = last_checkpoint(Path(str(given)))
     if not checkpoint.is_file():
         raise UserError(f"--ckpt_path {given}: there is no {checkpoint}; give last, a checkpoint, or a run folder.")
-    run = run_folder_of(checkpoint)
-    if run is None:
-        return args
-    config: dict[str, Any] = yaml.safe_load((run / CONFIG).read_text())
-    shared = {key: config[key] for key in ("seed_everything", "trainer", "model", "data")}
-    return ["--config", yaml.safe_dump(shared), *args]
+    if run := run_folder_of(checkpoint):
+        config: dict[str, Any] = yaml.safe_load((run / CONFIG).read_text())
+        shared = {key: config[key] for key in ("seed_everything", "trainer", "model", "data")}
+        return ["--config", yaml.safe_dump(shared), *args]
+    network = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"].get("model")
+    return ["--config", yaml.safe_dump({"model": {"init_args": {"model": network}}}), *args] if network else args
