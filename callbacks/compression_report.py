@@ -106,6 +106,7 @@ class CompressionReport(Callback):
 
     def _method(self, datamodule: Any, source: nn.Module, quantized: Any) -> Method:
         from lightning_slm.export import save_hf_folder  # here, since transformers takes seconds to import
+        from lightning_slm.models.decode import generate_stream
 
         bytes_per_token = getattr(datamodule, "bytes_per_token", None)
         return Method(
@@ -116,6 +117,7 @@ class CompressionReport(Callback):
             skip=self.skip,
             bytes_per_token=bytes_per_token("val") if callable(bytes_per_token) else None,
             export=partial(save_hf_folder, quantized=quantized) if hasattr(source, "save_pretrained") else None,
+            stream=generate_stream,
             preload=("lightning_slm.export", "lightning_slm.models"),
         )
 
