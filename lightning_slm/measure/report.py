@@ -205,7 +205,8 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         "device",
         "dtype",
     )
-    return [f"not alike: {k} {before[k]} before, {after[k]} after" for k in keys if before.get(k) != after.get(k)]
+    both = [key for key in keys if key in before and key in after]
+    return [f"not alike: {key} {before[key]} before, {after[key]} after" for key in both if before[key] != after[key]]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -105,15 +105,14 @@ def test_a_resumed_run_reports_the_original_before(tmp_path):
 
 @pytest.mark.usefixtures("no_fresh_process")
 def test_a_run_that_ended_before_its_report_gets_it_when_run_again(tmp_path):
-    data = {"train_dataloaders": batches(), "val_dataloaders": batches()}
     first = trainer(tmp_path, [quick()], steps=2)
-    first.fit(ForeignLlama(), **data)
+    first.fit(ForeignLlama(), datamodule=Data())
     first.save_checkpoint(tmp_path / "end.ckpt")
     written = rows(tmp_path / "report")
     (tmp_path / "report" / "report.json").unlink()
     again = trainer(tmp_path, [quick()], steps=2)
     again.fit(ForeignLlama(), datamodule=Data(), ckpt_path=tmp_path / "end.ckpt")
-    assert rows(tmp_path / "report")["perplexity"] == pytest.approx(written["perplexity"])
+    assert rows(tmp_path / "report")["bits_per_byte"] == written["bits_per_byte"]
 
 
 @pytest.mark.usefixtures("no_fresh_process")
