@@ -1,7 +1,16 @@
 """LightningModules, the optimizer and the schedules they train with."""
 
+from lightning_slm.modules.causal_lm import CausalLM
 from lightning_slm.modules.muon_adamw import MuonAdamW, orthogonalize
 from lightning_slm.modules.parameter_groups import parameter_groups
 from lightning_slm.modules.schedules import CosineSchedule, Schedule, WSDSchedule
 
-__all__ = ["CosineSchedule", "MuonAdamW", "Schedule", "WSDSchedule", "orthogonalize", "parameter_groups"]
+__all__ = [
+    "CausalLM",
+    "CosineSchedule",
+    "MuonAdamW",
+    "Schedule",
+    "WSDSchedule",
+    "orthogonalize",
+    "parameter_groups",
+]

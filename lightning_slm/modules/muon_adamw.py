@@ -106,7 +106,7 @@ class MuonAdamW(Optimizer):
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = _locals([self.state[p]["momentum_buffer"] for p in params])
         grads, locals_ = _locals([p.grad for p in params]), _locals(params)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
@@ -205,8 +205,8 @@ def _whole(shard: Tensor, param: Tensor) -> Tensor:
     """The matrix of which this rank holds ``shard``, laid out as ``param``."""
     if not isinstance(param, DTensor):
         return shard
-    layout = dict(shape=param.shape, stride=param.stride(), run_check=False)
-    return DTensor.from_local(shard, param.device_mesh, param.placements, **layout).full_tensor()
+    mesh, shape, stride = param.device_mesh, param.shape, param.stride()
+    return DTensor.from_local(shard, mesh, param.placements, run_check=False, shape=shape, stride=stride).full_tensor()
 
 
 def _part(matrix: Tensor, param: Tensor) -> Tensor:

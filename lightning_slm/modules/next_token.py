@@ -1,0 +1,115 @@
+"""The next-token loss of any causal language model, without the logits of a whole batch where it can be done."""
+
+# Shape letters: B = batch, T = tokens, N = B * (T - 1) predicted positions, D = model width, V = vocabulary.
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_slm.measure.quality import evaluating
+from lightning_slm.nn.cross_entropy import LogitsLoss, linear_cross_entropy
+
+
+class NextTokenLoss:
+    """Summed cross-entropy of ``model`` on a batch.
+
+    A model that is nothing but a backbone and an output head is called part by part, so that the logits of only a few
+    rows exist at a time. Whether it is, is tried out once on a few tokens: models that scale or cap their logits
+    (Gemma 2, Cohere, Granite), and modules of the user's own, are called whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parts = _backbone_and_head(model)
+        self.longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        signature = inspect.signature(model.forward).parameters
+        self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+        self._takes = set(signature)
+
+    def __call__(
+        self, batch: dict[str, Tensor], labels_N: Tensor, extra: Sequence[LogitsLoss] = (), ce_weight: float = 1.0
+    ) -> Tensor:
+        """``ce_weight`` times the cross-entropy in nats, summed over the labels, plus the sum of ``extra``.
+
+        Raises:
+            ValueError: more tokens than the model has positions, or inputs that it does not take.
+        """
+        ids_BT, options = batch["input_ids"], self._options(batch)
+        self.check_length(ids_BT.shape[1])
+        if self.parts is None:
+            logits_BTV = _logits(self.model(ids_BT, **options))
+            return linear_cross_entropy(
+                logits_BTV[:, :-1].flatten(0, 1), nn.Identity(), labels_N, extra=extra, ce_weight=ce_weight
+            )
+        backbone, head = self.parts
+        hidden_BTD = backbone(ids_BT, **options).last_hidden_state
+        return linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, labels_N, extra=extra, ce_weight=ce_weight)
+
+    def check_length(self, tokens: int) -> None:
+        """Raises: ValueError: a window longer than the model's positions."""
+        if self.longest is not None and tokens > self.longest:
+            raise ValueError(
+                f"A window of {tokens} tokens is longer than the {self.longest} positions of "
+                f"{type(self.model).__name__}; lower the window of the data, or build the model with "
+                f"max_position_embeddings={tokens}."
+            )
+
+    def _options(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        options: dict[str, Any] = {k: batch[k] for k in ("attention_mask", "position_ids") if batch.get(k) is not None}
+        if refused := [k for k in options if not (self._takes_anything or k in self._takes)]:
+            raise ValueError(
+                f"The batch has {refused}, but {type(self.model).__name__}.forward does not take them; add them to its "
+                "arguments, or leave them out of the batch (TextData: document_mask=False)."
+            )
+        if isinstance(self.model, PreTrainedModel):
+            options["use_cache"] = False
+        return options
+
+
+def next_labels(batch: Any) -> Tensor:
+    """What each position but a row's last shall predict, flattened: (N,), -100 where there is no loss.
+
+    Raises:
+        ValueError: the batch is no dict with ``input_ids``, or its rows predict nothing.
+    """
+    if not isinstance(batch, dict) or "input_ids" not in batch:
+        has = f"has {sorted(batch)}" if isinstance(batch, dict) else f"is a {type(batch).__name__}"
+        raise ValueError(f"CausalLM wants a dict with input_ids (and labels, unshifted), but the batch {has}.")
+    labels_BT = batch["labels"] if batch.get("labels") is not None else batch["input_ids"]
+    if labels_BT.shape[1] < 2:
+        raise ValueError(f"Rows of {labels_BT.shape[1]} token have no next token; give at least 2.")
+    if batch.get("attention_mask") is not None:
+        labels_BT = labels_BT.masked_fill(batch["attention_mask"] == 0, -100)
+    return labels_BT[:, 1:].reshape(-1)
+
+
+@torch.no_grad()
+def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The two parts whose composition is the model, to the last bit; None if there are no such."""
+    if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
+        return None
+    backbone, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
+    if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
+        return None
+    ids_BT = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    with evaluating(model):
+        hidden_BTD = getattr(backbone(ids_BT, use_cache=False), "last_hidden_state", None)
+        logits_BTV = _logits(model(ids_BT, use_cache=False))
+        same = hidden_BTD is not None and torch.equal(head(hidden_BTD), logits_BTV)
+    return (backbone, head) if same else None
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"The model's forward(input_ids) returned {type(output).__name__}; it must be logits of shape (batch, "
+            "tokens, vocabulary), or an object or dict that has them as logits."
+        )
+    return logits
