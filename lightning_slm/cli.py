@@ -80,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> int:
             hint = "Options follow the command." if argv[0].startswith("-") else near(argv[0], COMMANDS, n=8)
             raise UserError(f"unknown command {argv[0]!r}. {hint}")
         COMMANDS[argv[0]](argv[1:])
-    except (UserError, ValueError, FloatingPointError) as error:
+    except (UserError, FileNotFoundError, ValueError, FloatingPointError) as error:
         if not _is_explained(error):
             raise
         print(f"lightning-slm: error: {error}", file=sys.stderr)
@@ -93,5 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _is_explained(error: BaseException) -> bool:
     """Whether it was raised in this package, its message hence written for the user: a traceback would hide it."""
+    if isinstance(error, FileNotFoundError):
+        return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_globals.get("__name__", "").startswith("lightning_slm.")

@@ -64,3 +64,44 @@ def test_names_become_paths_behind_every_spelling_of_the_flag(flag):
     resolved = packaged.resolve_configs([*flag, "--data.path", "slm_5m"])
     assert packaged.configs_in(resolved) == [packaged.FOLDER / "slm_5m.yaml"]
     assert resolved[-1] == "slm_5m"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Runs a command up to, and without, the training: everything is parsed and built."""
+    from lightning_slm._cli.training import SLMCLI
+
+    made = []
+    monkeypatch.setattr(SLMCLI, "_run_subcommand", lambda cli, command: made.append(cli))
+
+    def build(*configs):
+        assert main(["fit", *(word for name in configs for word in ("--config", name))]) == 0
+        return made[-1]
+
+    return build
+
+
+def ours(cli):
+    return [type(c).__name__ for c in cli.trainer.callbacks if type(c).__module__.startswith("lightning_slm.callbacks")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_builds_alone_and_under_all_overlays(recipe, built):
+    plain = built(recipe)
+    assert ours(plain) == []
+    assert plain.trainer.max_steps > 0 or plain.trainer.max_epochs > 0
+    compressed = built(recipe, *OVERLAYS)
+    assert len(ours(compressed)) == len(OVERLAYS)
+    assert type(compressed.model).__name__ == "CausalLM"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_each_overlay_adds_one_callback_and_changes_nothing_else(overlay, built):
+    plain, overlaid = built("slm_5m"), built("slm_5m", overlay)
+    assert len(ours(overlaid)) == 1
+    before, after = (cli.config["fit"].as_dict() for cli in (plain, overlaid))
+    for config in (before, after):
+        for key in ("callbacks", "default_root_dir", "logger"):
+            config["trainer"].pop(key)
+        config.pop("config", None)
+    assert before == after

@@ -81,8 +81,11 @@ class LastCheckpoint(Checkpoint):
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration of a training run beside its checkpoints; a later start replaces it."""
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: a run that cannot start must not replace the configuration of one that did."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, folder / CONFIG, skip_none=False, overwrite=True, multifile=False)

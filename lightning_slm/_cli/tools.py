@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from lightning_slm._cli import UserError, sources
 from lightning_slm.data import TextData
 from lightning_slm.export import save_hf_folder
-from lightning_slm.measure import QUANTITIES, Method, measure_model
+from lightning_slm.measure import QUANTITIES, Method, flops_per_token, measure_model
 from lightning_slm.measure.report import show
 from lightning_slm.models.decode import generate_stream
 
@@ -82,12 +82,15 @@ def measure(options: Namespace) -> None:
         preload=("lightning_slm.export", "lightning_slm.models"),
     )
     measured = measure_model(source.model, batches, method)
+    measured.attempt(["flops_per_token"], lambda: [flops_per_token(source.model, options.window)])
     if options.json:
         print(json.dumps({"model": options.source, "text": about, **_plain(measured)}, indent=2))
         return
     table = Table("", options.source, title=None)
     for quantity in QUANTITIES:
         table.add_row(quantity.label, show(quantity, measured.values.get(quantity.key)))
+    flops = measured.values.get("flops_per_token")
+    table.add_row(f"FLOPs per token, context {options.window}", "n/a" if flops is None else f"{flops / 1e6:,.2f} M")
     console = Console()
     console.print(table)
     reasons = [f"not measured: {key}; {reason}" for key, reason in measured.reasons.items()]

@@ -86,7 +86,6 @@ class SLMCLI(LightningCLI):
             args=[command, *_with_config_of_checkpoint(args)],
             parser_class=Parser,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
