@@ -5,7 +5,6 @@
 
 # Shape letters: B = batch, T = tokens of this call, D = model width, V = vocabulary.
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ class SLMModel(SLMPreTrainedModel):
     def _masks(self, x_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any) -> dict[str, Any]:
         if isinstance(attention_mask, dict):  # generate() with a static cache has made them already
             return attention_mask
-        makers: dict[str, Callable[..., Tensor | None]] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+        makers: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
         return {
             kind: makers[kind](
                 config=self.config,
