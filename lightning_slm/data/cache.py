@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -120,7 +121,7 @@ def build_cache(
     vocab_size: int,
     skipped: Counter[str],
 ) -> TokenCache:
-    """Write a cache folder, whole or not at all.
+    """Write a cache folder, whole or not at all; one process at a time, see `cached`.
 
     Args:
         encoded: groups of documents of one split: its name, their ids, their length together in UTF-8 bytes.
@@ -128,15 +129,16 @@ def build_cache(
         skipped: filled while ``encoded`` is read.
     Raises: ValueError: an id is out of range.
     """
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
+    unfinished = folder.with_name(f"{folder.name}.writing")  # left there if the process is killed; then overwritten
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    writers = {split: _SplitWriter(unfinished, split, dtype, vocab_size) for split in SPLITS}
     try:
-        for split, documents, text_bytes in encoded:
-            writers[split].write(documents, text_bytes)
-        splits = {split: writer.close() for split, writer in writers.items()}
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(_SplitWriter(unfinished, name, dtype, vocab_size)) for name in SPLITS}
+            for split, documents, text_bytes in encoded:
+                writers[split].write(documents, text_bytes)
+        splits = {name: Split(writer.documents, writer.text_bytes, writer.tokens) for name, writer in writers.items()}
         files = {file.name: [*_length_and_checksum(file)] for file in sorted(unfinished.iterdir())}
         cache = TokenCache(folder, dtype, splits, files, dict(skipped))
         _write_json(unfinished / _META, {k: v for k, v in asdict(cache).items() if k != "folder"})
@@ -169,10 +171,12 @@ class _SplitWriter:
         self.text_bytes += text_bytes
         self.tokens += ids.size
 
-    def close(self) -> Split:
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.ids.close()
         self.starts.close()
-        return Split(self.documents, self.text_bytes, self.tokens)
 
 
 def cached(folder: Path, build: Callable[[Path], TokenCache]) -> TokenCache:

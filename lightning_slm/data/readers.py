@@ -1,7 +1,7 @@
 """From a file to documents: plain text, JSON lines, tables; what cannot be read is counted, never guessed.
 
 What a document is: a .md or .py file; a row of a table; of a .txt file, what stands between two ``<|endoftext|>``, and
-without those, passages of some 8,000 to 16,000 characters that end at a blank line where there is one. (Else a corpus
+without those, passages of 4,096 to 8,192 characters that end at a blank line where there is one. (Else a corpus
 of one file, as Tiny Shakespeare is, would be one document, and nothing would be left to validate on.)
 """
 
@@ -21,7 +21,7 @@ from lightning_slm.errors import near
 
 END_OF_TEXT = "<|endoftext|>"
 NO_TEXT = "files or rows without text"
-PASSAGE = 8192  # characters; a passage has up to twice as many, where no place to cut comes earlier
+PASSAGE = 4096  # characters at least; twice as many at most, where no place to cut comes earlier
 _PLACES_TO_CUT = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"\s")]
 
 
@@ -91,18 +91,19 @@ def _open(file: Path) -> IO[bytes]:
 
 def _decoded(stream: IO[bytes]) -> io.TextIOWrapper:
     """The stream as text; a byte that no text has (NUL) near its beginning says that it is none."""
-    buffered = io.BufferedReader(stream, 1 << 16)  # type: ignore[type-var]
-    if b"\0" in buffered.peek(1 << 13)[: 1 << 13]:
+    if b"\0" in stream.peek(1 << 13):  # type: ignore[attr-defined]
         raise _Unusable("binary files")
-    return io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
 def _read_whole(stream: IO[bytes], where: str, text_column: str) -> Iterator[str]:
-    yield _decoded(stream).read()
+    with _decoded(stream) as text:
+        yield text.read()
 
 
 def _read_text(stream: IO[bytes], where: str, text_column: str) -> Iterator[str]:
-    text = _decoded(stream).read()
+    with _decoded(stream) as lines:
+        text = lines.read()
     if END_OF_TEXT in text:
         yield from (part.strip("\r\n") for part in text.split(END_OF_TEXT) if part.strip())
     else:
@@ -110,10 +111,10 @@ def _read_text(stream: IO[bytes], where: str, text_column: str) -> Iterator[str]
 
 
 def _passages(text: str) -> Iterator[str]:
-    """All of the text, cut at the first blank line after each 8,000 characters; else at a line, a space, or anywhere.
+    """All of the text, cut at the first blank line after each 4,096 characters; else at a line, a space, or anywhere.
 
-    >>> [len(passage) for passage in _passages("x" * 9_000 + " " + "y" * 9_000)]
-    [9001, 9000]
+    >>> [len(passage) for passage in _passages("x" * 5_000 + " " + "y" * 5_000)]
+    [5001, 5000]
     """
     start = 0
     while len(text) - start > 2 * PASSAGE:
@@ -126,24 +127,23 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _read_json_lines(stream: IO[bytes], where: str, text_column: str) -> Iterator[Any]:
-    for line in _decoded(stream):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
-            check_column(text_column, row, where)
-            yield row[text_column]
-        else:
-            yield _Unusable("lines that are not a JSON object")
+    with _decoded(stream) as lines:
+        for line in filter(str.strip, lines):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict):
+                check_column(text_column, row, where)
+                yield row[text_column]
+            else:
+                yield _Unusable("lines that are not a JSON object")
 
 
 def _read_table(delimiter: str) -> Callable[[IO[bytes], str, str], Iterator[Any]]:
     def read(stream: IO[bytes], where: str, text_column: str) -> Iterator[Any]:
-        with _long_fields():
-            rows = csv.DictReader(_decoded(stream), delimiter=delimiter)
+        with _long_fields(), _decoded(stream) as lines:
+            rows = csv.DictReader(lines, delimiter=delimiter)
             if rows.fieldnames is not None:
                 check_column(text_column, rows.fieldnames, where)
                 yield from (row[text_column] for row in rows)

@@ -149,9 +149,8 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled windows; its state is its place, so that Lightning resumes it exactly."""
         windows = self._windows("train")
-        if (
-            self.trainer is not None and self.trainer.overfit_batches
-        ):  # the same batches every epoch, as Lightning wants
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            # That asks for the same batches in every epoch.
             return self._in_order("train")
         rank, ranks = self._rank_and_ranks()
         order = ShuffledWindows(len(windows), self.batch_size, rank=rank, ranks=ranks, seed=self.seed)
@@ -216,8 +215,8 @@ class TextData(LightningDataModule):
         if counts.tokens // self.window < needed:
             fraction = f"raise {split}_fraction={self._fraction(split)}, " if split != "train" else "lower batch_size, "
             raise ValueError(
-                f"The {_NAMES[split]} split has {counts.tokens} tokens in {counts.documents} documents: fewer than "
-                f"{needed} windows of {self.window}, which one step takes. Give more text, {fraction}or lower window."
+                f"The {_NAMES[split]} split has {counts.tokens} tokens in {counts.documents} documents, and "
+                f"one step takes {needed} x window={self.window}. Give more text, {fraction}or lower window."
             )
 
     def _windows(self, split: str) -> PackedWindows:
@@ -241,7 +240,9 @@ class TextData(LightningDataModule):
         return {"val": self.val_fraction, "test": self.test_fraction}[split]
 
     def _rank_and_ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        """This process's place among those that see different data; of a tensor-parallel group all see the same."""
+        replicas = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (replicas["rank"], replicas["num_replicas"]) if replicas else (0, 1)
 
     def _batches_in_flight(self) -> int:
         """1 within a training step, whose batch has been fetched and must come again if the run is resumed there."""

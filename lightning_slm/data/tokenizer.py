@@ -5,6 +5,7 @@ key of the token cache like any other.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -45,7 +46,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes: GPT-2): no text is unknown.
 
     Args:
@@ -60,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=progress,
+        show_progress=sys.stdout.isatty(),  # elsewhere it prints empty lines
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _with_end_of_text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False))
