@@ -21,7 +21,8 @@ class CompressionReport(Callback):
     """Measure the model at the start of ``fit``, its exported form at the end, and write both side by side.
 
     The report goes to the terminal and, as report.json, report.md and report.png, into a folder. Quality is measured
-    on the first validation batches; what a model cannot do (be exported, generate) is left out with the reason.
+    on the first validation batches; what a model cannot do (be exported, generate) is left out with the reason. The
+    first rank measures while the others wait.
 
     Args:
         baseline: what is measured as "before". "start": the model as training begins, dense. Or another one: a preset,
@@ -75,34 +76,31 @@ class CompressionReport(Callback):
                 "CompressionReport measures a whole model, and this strategy shards it: leave the callback away, save "
                 "the model, and call lightning_slm.measure.compare(before, after, batches)."
             )
-        if self._before is None:
+        if trainer.is_global_zero and self._before is None:
             self._began_at = trainer.global_step
             source = self._baseline_model(pl_module)
             with _rounding(source, False):
                 self._before = self._measure(trainer, pl_module, source, quantized=False)
+        trainer.strategy.barrier("CompressionReport before")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure "after", when every callback has had its last word on the weights, and write the report."""
-        if self._before is None:
-            return  # nothing was left to train, in a run that began without us
-        source = network_of(pl_module)
-        with _rounding(source, True):
-            after = self._measure(trainer, pl_module, source, quantized="auto")
-        if trainer.is_global_zero:
+        # Without "before" nothing was left to train, in a run that began without us.
+        if trainer.is_global_zero and self._before is not None:
+            source = network_of(pl_module)
+            with _rounding(source, True):
+                after = self._measure(trainer, pl_module, source, quantized="auto")
             report = Report(self._before, after, self._about(trainer, pl_module))
             report.save(self.folder or Path(trainer.default_root_dir, "report"))
             report.print()
+        trainer.strategy.barrier("CompressionReport after")
 
     def _measure(self, trainer: Any, pl_module: Any, source: nn.Module, quantized: Any) -> Measured:
-        """On the first rank, while the others wait; the state of every random generator is put back."""
-        measured = Measured()
-        if trainer.is_global_zero:
-            with isolate_rng():
-                batches = list(itertools.islice(validation_loader(trainer, pl_module) or (), self.batches))
-                method = self._method(trainer.datamodule, source, quantized)
-                measured = measure_model(source, batches, method, trainer.strategy.root_device)
-        trainer.strategy.barrier("CompressionReport")
-        return measured
+        """With the state of every random generator put back: training must not notice."""
+        with isolate_rng():
+            batches = list(itertools.islice(validation_loader(trainer, pl_module) or (), self.batches))
+            method = self._method(trainer.datamodule, source, quantized)
+            return measure_model(source, batches, method, trainer.strategy.root_device)
 
     def _method(self, datamodule: Any, source: nn.Module, quantized: Any) -> Method:
         from lightning_slm.export import save_hf_folder  # here, since transformers takes seconds to import
@@ -118,7 +116,6 @@ class CompressionReport(Callback):
             bytes_per_token=bytes_per_token("val") if callable(bytes_per_token) else None,
             export=partial(save_hf_folder, quantized=quantized) if hasattr(source, "save_pretrained") else None,
             stream=generate_stream,
-            preload=("lightning_slm.export", "lightning_slm.models"),
         )
 
     def _baseline_model(self, pl_module: Any) -> nn.Module:

@@ -64,7 +64,8 @@ class Method:
         export: writes a model into a folder; None: its own ``save_pretrained``.
         load: brings it back from there; an importable function, since a fresh process calls it too.
         stream: decodes token by token; importable likewise.
-        preload: modules that the fresh process imports before its baseline of memory is taken.
+        preload: modules that the fresh process shall import before its baseline of memory is taken, beside those of
+            the model and of ``export``.
     """
 
     prompt_tokens: int = 32
@@ -225,7 +226,7 @@ def _measure_memory(model: nn.Module, folder: Path, prompt_BT: Tensor, method: M
     load, device = method.load or load_hf_folder, str(prompt_BT.device)
     arguments = (load, method.stream, folder, prompt_BT.tolist(), method.new_tokens, device)
     # What loading would import on its way is no memory of the model's.
-    preload = [*method.preload, "transformers.models.auto.modeling_auto", type(model).__module__]
+    preload = [*method.preload, "transformers.models.auto.modeling_auto", type(model).__module__, _home(method.export)]
 
     def watch() -> list[float]:
         memory = peak_memory(generate_from_folder, *arguments, preload=preload, device=device)
@@ -234,3 +235,8 @@ def _measure_memory(model: nn.Module, folder: Path, prompt_BT: Tensor, method: M
         return [memory.bytes]
 
     measured.attempt(["peak_memory_bytes"], watch)
+
+
+def _home(export: Any) -> str:
+    """The module of a function, or of what a ``functools.partial`` calls: it may register what loading needs."""
+    return getattr(getattr(export, "func", export), "__module__", None) or __name__

@@ -11,6 +11,7 @@ from support import Demo, ForeignLlama, batches, checkpoint, differences, traine
 from transformers import AutoModelForCausalLM
 
 from lightning_slm.callbacks import CompressionReport, GradualPruning, QuantizationAwareTraining
+from lightning_slm.callbacks._find import network_of
 from lightning_slm.export import save_hf_folder
 from lightning_slm.measure import file_bytes, summed_nats
 
@@ -168,3 +169,12 @@ def test_another_baseline_and_another_folder(tmp_path):
 def test_two_reports_have_states_of_their_own():
     assert quick().state_key != quick(folder="elsewhere").state_key
     assert quick().state_dict() == {}
+
+
+def test_the_network_is_the_child_that_generates_and_trains():
+    module = torch.nn.Module()
+    module.teacher = ForeignLlama().net.requires_grad_(False)
+    module.student = ForeignLlama().net
+    assert network_of(module) is module.student
+    demo = Demo()
+    assert network_of(demo) is demo
