@@ -24,7 +24,7 @@ class NextTokenLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.parts = _backbone_and_head(model)
+        self.in_parts = _is_backbone_and_head(model)
         self.longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         signature = inspect.signature(model.forward).parameters
         self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in signature.values())
@@ -40,12 +40,12 @@ class NextTokenLoss:
         """
         ids_BT, options = batch["input_ids"], self._options(batch)
         self.check_length(ids_BT.shape[1])
-        if self.parts is None:
+        if not self.in_parts:
             logits_BTV = _logits(self.model(ids_BT, **options))
             return linear_cross_entropy(
                 logits_BTV[:, :-1].flatten(0, 1), nn.Identity(), labels_N, extra=extra, ce_weight=ce_weight
             )
-        backbone, head = self.parts
+        backbone, head = _parts(self.model)  # looked up each time: quantisation may have put another head there
         hidden_BTD = backbone(ids_BT, **options).last_hidden_state
         return linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, labels_N, extra=extra, ce_weight=ce_weight)
 
@@ -88,19 +88,22 @@ def next_labels(batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The two parts whose composition is the model, to the last bit; None if there are no such."""
+def _is_backbone_and_head(model: nn.Module) -> bool:
+    """Whether the composition of the two is the model, to the last bit."""
     if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
-        return None
-    backbone, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
-    if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
-        return None
+        return False
+    backbone, head = _parts(model)
+    if backbone is None or head is None:
+        return False
     ids_BT = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with evaluating(model):
         hidden_BTD = getattr(backbone(ids_BT, use_cache=False), "last_hidden_state", None)
         logits_BTV = _logits(model(ids_BT, use_cache=False))
-        same = hidden_BTD is not None and torch.equal(head(hidden_BTD), logits_BTV)
-    return (backbone, head) if same else None
+        return hidden_BTD is not None and torch.equal(head(hidden_BTD), logits_BTV)
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    return getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
 
 
 def _logits(output: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -110,6 +110,13 @@ class Batches(LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
+class RandomData(Batches):
+    """Batches for a command line, which cannot give any."""
+
+    def __init__(self):
+        super().__init__([make_batch(i) for i in range(2)])
+
+
 def quiet_trainer(tmp_path, **arguments):
     defaults = dict(
         max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
@@ -148,7 +155,7 @@ def assert_same_weights(a, b, atol):
 def test_every_kind_of_model_trains_and_its_loss_is_that_of_all_logits(kind, tmp_path):
     module = CausalLM(MODELS[kind](), optimizer=sgd, lr_scheduler=None)
     module.configure_model()
-    assert (module._loss.parts is None) == (kind in CALLED_WHOLE)
+    assert module._loss.in_parts == (kind not in CALLED_WHOLE)
     batch = make_batch(0, keep=0.7)
     module.eval()
     expected, tokens = naive_nats(module.model, batch)
@@ -214,6 +221,16 @@ def test_a_window_longer_than_the_positions_is_refused_before_training_and_at_th
         quiet_trainer(tmp_path).fit(module, Batches([make_batch(0)], window=T))
     with pytest.raises(ValueError, match="12 tokens is longer"):
         quiet_trainer(tmp_path).fit(module, Batches([make_batch(0)]))
+
+
+def test_a_head_that_is_replaced_later_is_the_one_that_learns():
+    """As quantisation-aware training does."""
+    module = CausalLM(SLM)
+    module.configure_model()
+    module.model.lm_head = nn.Linear(32, V)
+    batch = make_batch(0)
+    loss = module._loss(batch, next_labels(batch))
+    torch.testing.assert_close(loss, naive_nats(module.model, batch)[0], atol=1e-4, rtol=0)
 
 
 def test_overrides_change_the_configuration_and_are_refused_where_weights_exist():
@@ -618,6 +635,22 @@ def test_save_pretrained_and_from_checkpoint_give_model_and_tokenizer_back(tmp_p
         assert again.tokenizer("w3").input_ids == [4]
     with pytest.raises(ValueError, match="Own has no save_pretrained"):
         CausalLM(Own()).save_pretrained(tmp_path / "own")
+
+
+def test_a_checkpoint_of_lightning_cli_gives_the_model_back_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    LightningCLI(
+        CausalLM,
+        RandomData,
+        args=["fit", "--seed_everything=0", f"--model.model={json.dumps(SLM)}", "--model.optimizer=torch.optim.AdamW",
+              "--model.optimizer.lr=0.01", "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}", *quiet],
+    )  # fmt: skip
+    (path,) = tmp_path.rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    again = CausalLM.load_from_checkpoint(path)
+    for name, value in checkpoint["state_dict"].items():
+        assert torch.equal(again.state_dict()[name], value)
 
 
 # Compilation
