@@ -127,17 +127,20 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _read_json_lines(stream: IO[bytes], where: str, text_column: str) -> Iterator[Any]:
+    first = True
     with _decoded(stream) as lines:
         for line in filter(str.strip, lines):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 row = None
-            if isinstance(row, dict):
-                check_column(text_column, row, where)
-                yield row[text_column]
-            else:
+            if not isinstance(row, dict):
                 yield _Unusable("lines that are not a JSON object")
+                continue
+            if first:  # later rows may leave a key out, as a database does for an empty field
+                check_column(text_column, row, where)
+                first = False
+            yield row.get(text_column)
 
 
 def _read_table(delimiter: str) -> Callable[[IO[bytes], str, str], Iterator[Any]]:

@@ -271,7 +271,8 @@ def _progress(corpus: Corpus) -> Iterator[Any]:
     plain = corpus.files and all(file.suffix not in (".gz", ".parquet") for file in corpus.files)
     total = sum(file.stat().st_size for file in corpus.files) if plain else None
     columns = (TextColumn("Tokenising {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, name=corpus.name)
 
         def shown(documents: Iterable[str]) -> Iterator[str]:

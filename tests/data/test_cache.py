@@ -105,6 +105,7 @@ print(data.cache.ids("train").sum())
 """
 
 
+@pytest.mark.slow
 def test_of_processes_that_start_together_one_builds_and_the_others_wait(corpus, tmp_path):
     (tmp_path / "builds").mkdir()
     arguments = [corpus, tmp_path / "cache", tmp_path / "builds", tmp_path / "go"]

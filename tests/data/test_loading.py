@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_slm.data.loading import ShuffledWindows, WindowsInOrder
+from lightning_slm.data import TextData
+from lightning_slm.data.loading import ShuffledWindows, TrainingLoader, WindowsInOrder
+from lightning_slm.data.packed import PackedWindows
 
 
 def shuffled(windows=23, batch_size=2, rank=0, ranks=1, seed=0, epoch=0):
@@ -39,6 +41,26 @@ def test_two_ranks_take_together_what_one_rank_takes_with_twice_the_batch():
     assert [a + b for a, b in zip(*two)] == one
 
 
+def test_two_ranks_can_go_on_where_one_stopped(corpus, tmp_path):
+    data = TextData(corpus, vocab_size=300, window=8, cache_dir=tmp_path / "cache")
+    windows = PackedWindows(data.cache, "train", 8)
+
+    def loader(batch_size, rank=0, ranks=1):
+        return TrainingLoader(windows, ShuffledWindows(len(windows), batch_size, rank=rank, ranks=ranks, seed=0))
+
+    one = loader(4)
+    batches = iter(one)
+    for _ in range(3):
+        next(batches)
+    two = [loader(2, rank, 2) for rank in range(2)]
+    for rank in two:
+        rank.load_state_dict(one.state_dict())
+    for batch, halves in zip(batches, zip(*two), strict=True):
+        assert torch.equal(batch["input_ids"], torch.cat([half["input_ids"] for half in halves]))
+    assert one.state_dict()["epoch"] == 1  # the next iteration is of the next epoch, also without Lightning
+    assert two[0].state_dict() == one.state_dict()
+
+
 @pytest.mark.parametrize("windows", [5, 7, 8, 9, 16, 23])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -54,8 +76,6 @@ def test_evaluation_sees_every_window_once_in_as_many_batches_on_every_rank(wind
 
 
 def test_the_loader_says_nothing_and_leaves_the_runs_random_numbers_alone(corpus, tmp_path):
-    from lightning_slm.data import TextData
-
     data = TextData(corpus, vocab_size=300, window=8, cache_dir=tmp_path / "cache", num_workers=1)
     data.prepare_data()
     with warnings.catch_warnings():

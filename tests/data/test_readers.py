@@ -73,7 +73,9 @@ def test_what_is_no_text_is_counted_and_skipped(tmp_path):
     (tmp_path / "no.gz.txt.gz").write_bytes(b"not compressed")
     (tmp_path / "empty.py").write_text("\n")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
-    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n{"text": null}\nnot json\n[1]\n{"text": "\\ud800"}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "good"}\n{"text": null}\n{"other": 1}\nnot json\n[1]\n{"text": "\\ud800"}\n'
+    )
     skipped: Counter[str] = Counter()
     documents = [text for file in sorted(tmp_path.iterdir()) for text in read_documents(file, "text", skipped)]
     assert documents == ["good"]
@@ -81,7 +83,7 @@ def test_what_is_no_text_is_counted_and_skipped(tmp_path):
         "binary files": 1,
         "files that are not UTF-8": 1,
         "unreadable files": 3,
-        "files or rows without text": 2,
+        "files or rows without text": 3,
         "lines that are not a JSON object": 2,
         "rows that are not UTF-8": 1,
     }

@@ -200,6 +200,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_without_warning_goes_on_from_its_last_checkpoint(unkilled, corpus, tmp_path):
     assert python(tmp_path, KILLED, corpus, tmp_path).returncode == -signal.SIGKILL
     last = tmp_path / "killed_run" / "steps" / "last.ckpt"
