@@ -190,6 +190,7 @@ def test_without_a_run_folder_it_is_named_after_the_configurations(place, tmp_pa
     assert (tmp_path / "runs" / "tiny+prune_50" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_and_ends_like_one_that_was_not_stopped(place, tmp_path, dense):
     """SIGINT in another process: it finishes the step, saves, and says how to go on."""
     args = ["fit", "--config", str(place / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path)]
@@ -288,6 +289,7 @@ def test_three_overlays_train_in_one_run_and_export_a_small_sparse_model_that_sp
     assert "import os" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_measure_gives_every_number_of_a_run_as_json(dense, capsys):
     assert main(["measure", str(dense), "--windows", "2", "--new_tokens", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -299,6 +301,7 @@ def test_measure_gives_every_number_of_a_run_as_json(dense, capsys):
     assert "corpus, val split" in report["text"]
 
 
+@pytest.mark.slow
 def test_measure_prints_a_table_and_says_what_it_could_not_measure(capsys):
     assert main(["measure", "slm-5m", "--new_tokens", "4"]) == 0
     printed = capsys.readouterr().out

@@ -16,6 +16,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_slm._cli.paths import CONFIG, LAST
 
+# What a run whose steps are timed leaves out. So many steps are never taken, but schedules want a number.
+PROBE = {
+    "max_steps": 100_000,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 _WARM_UP, _TIMED, _LONGEST = 3, 30, 10.0  # steps, steps at most, seconds at most
 _SHARE = 0.92  # of the minutes for training steps; the rest for validation and checkpoints
 

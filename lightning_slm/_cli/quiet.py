@@ -5,6 +5,7 @@ import re
 import warnings
 
 _NOISE = re.compile(r"Tip: |`weights_only` was not set|[GT]PU available: False|Failed to load /|register_constant\(\)")
+_WARNINGS = (r".*isinstance\(treespec, LeafSpec\)", r"Precision .* is not supported by the model summary")
 
 
 class _NotNoise(logging.Filter):
@@ -21,4 +22,5 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(_FILTER)
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

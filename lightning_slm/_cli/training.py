@@ -1,6 +1,7 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our classes as defaults and helpful errors."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_slm._cli import UserError, packaged
+from lightning_slm._cli.budget import PROBE, Stopwatch, steps_of_run, steps_that_fit
 from lightning_slm._cli.paths import CONFIG, LAST, last_checkpoint, run_folder_of
 from lightning_slm._cli.progress import StepProgressBar
 from lightning_slm._cli.run_folder import LastCheckpoint, SaveConfig
@@ -99,6 +101,11 @@ class SLMCLI(LightningCLI):
         parser.set_defaults({"data": {"class_path": "lightning_slm.TextData"}})
         if self._command == "fit":
             parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+            parser.add_argument(
+                "--minutes",
+                type=float | None,
+                help="Train for about so long: as many steps as fit, timed first; instead of trainer.max_steps.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # Lightning's own warns where sys.argv is what we were called with
@@ -115,6 +122,13 @@ class SLMCLI(LightningCLI):
         if config.trainer.logger is None:
             init_args = {"save_dir": str(folder), "name": "logs"}
             config.trainer.logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": init_args}
+        if config.get("minutes") is not None:
+            kept = steps_of_run(folder) if checkpoint == "last" else None
+            config.trainer.max_steps = kept or steps_that_fit(config.minutes, self._probe)
+            self._set_seed()  # again: the run must not depend on how long the timing took
+
+    def _probe(self, watch: Stopwatch, folder: str) -> None:
+        _Probe(self._command, [*self._args, "--trainer.default_root_dir", folder], watch)
 
     def instantiate_classes(self) -> None:
         try:
@@ -140,6 +154,34 @@ class SLMCLI(LightningCLI):
         elif kwargs.get("ckpt_path") is not None:
             kwargs["ckpt_path"] = last_checkpoint(Path(kwargs["ckpt_path"]))
         return kwargs
+
+
+class _Probe(SLMCLI):
+    """The same run in a folder to throw away, until the stopwatch stops it."""
+
+    def __init__(self, command: str, args: list[str], watch: Stopwatch) -> None:
+        self._watch = watch
+        super().__init__(command, args)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self._command]
+        config.minutes = None
+        for key, value in PROBE.items():
+            config.trainer[key] = value
+        callbacks = config.trainer.callbacks
+        if isinstance(callbacks, list):
+            config.trainer.callbacks = [c for c in callbacks if not c.class_path.endswith("CompressionReport")]
+        super().before_instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(self._watch)  # type: ignore[attr-defined]
+        return trainer
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of callbacks whose run is cut short
+            self.trainer.fit(*args, **kwargs)
 
 
 def _default_folder(args: list[str], checkpoint: str | None) -> Path:
