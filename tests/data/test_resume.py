@@ -68,7 +68,8 @@ def fit(module, text, folder, ckpt_path=None, callbacks: list[Callback] | None =
     trainer = Trainer(
         **{"max_epochs": 3, "limit_train_batches": PER_EPOCH, "limit_val_batches": 1, **kwargs},
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=callbacks, enable_checkpointing=bool(callbacks),
+        num_sanity_val_steps=0, callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     )  # fmt: skip
     trainer.fit(module, text, ckpt_path=ckpt_path)
     return trainer
