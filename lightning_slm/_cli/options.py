@@ -24,8 +24,8 @@ def _generate() -> argparse.ArgumentParser:
 
 def _measure() -> argparse.ArgumentParser:
     options = _new("measure", "Size, sparsity, operations, speed, memory and quality of a model, as a table.")
-    options.add_argument("--data", metavar="PATH", help="text to measure quality on (the standard library's sources)")
-    options.add_argument("--split", choices=("val", "test"), default="val", help="of that text (val)")
+    help_data = "text to measure quality on, all of it (the validation split of the run, else of the standard library)"
+    options.add_argument("--data", metavar="PATH", help=help_data)
     options.add_argument("--window", type=int, default=256, help="tokens per window, and the context of FLOPs (256)")
     options.add_argument("--windows", type=int, default=64, help="windows to measure quality on (64)")
     options.add_argument("--new_tokens", type=int, default=64, help="tokens to time (64)")

@@ -27,6 +27,7 @@ from lightning_slm.measure.report import show
 from lightning_slm.models.decode import generate_stream
 
 _BATCH = 4  # windows at a time, when quality is measured
+_ALL_OF_IT = {"val_fraction": 1 - 2**-50, "test_fraction": 0.0}  # nothing trains; a document's place is < 1 - 2**-49
 
 disable_progress_bar()
 
@@ -116,15 +117,14 @@ def _text(options: Namespace, source: sources.Source) -> tuple[list[Any] | None,
     if source.tokenizer is None:
         return None, None, "there is no tokenizer; give one with --tokenizer"
     window = min(options.window, source.model.config.max_position_embeddings)
-    chosen = {**(source.data or {}), **({"path": options.data} if options.data else {})}
+    settings = {"path": options.data, **_ALL_OF_IT} if options.data else source.data or {}
     with tempfile.TemporaryDirectory() as folder:
         source.tokenizer.save_pretrained(folder)
-        data = TextData(**{**chosen, "tokenizer": folder, "window": window, "batch_size": _BATCH})
-        data.setup("validate" if options.split == "val" else "test")
-        loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
-        batches = list(islice(loader, -(-options.windows // _BATCH)))
-    place = data.path or "the Python standard library"
-    return batches, data.bytes_per_token(options.split), f"{place}, {options.split} split, windows of {window} tokens"
+        data = TextData(**{**settings, "tokenizer": folder, "window": window, "batch_size": _BATCH})
+        data.setup("validate")
+        batches = list(islice(data.val_dataloader(), -(-options.windows // _BATCH)))
+    place = options.data or f"validation split of {data.path or 'the Python standard library'}"
+    return batches, data.bytes_per_token("val"), f"{place}, windows of {window} tokens"
 
 
 def _copy(folder: Path, _: nn.Module, target: Path) -> None:
