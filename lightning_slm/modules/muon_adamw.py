@@ -33,7 +33,7 @@ class MuonAdamW(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups.
-        lr: learning rate of AdamW.
+        lr: learning rate of AdamW: higher than where it moves hidden matrices, which are not among its own.
         muon_lr: learning rate of Muon, multiplied by sqrt(rows / columns) for tall matrices: what it moves a
             matrix's singular values by. It does not depend on the size of the gradients.
         weight_decay: decoupled; times the learning rate of the group. Not for groups that bring their own.
@@ -52,7 +52,7 @@ class MuonAdamW(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-3,
+        lr: float = 1e-2,
         muon_lr: float = 0.02,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
