@@ -83,7 +83,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UserError, FileNotFoundError, ValueError, FloatingPointError) as error:
         if not _is_explained(error):
             raise
-        print(f"lightning-slm: error: {error}", file=sys.stderr)
+        missing = getattr(error, "filename", None)
+        print(f"lightning-slm: error: {f'there is no {missing}' if missing else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while importing or preparing: there is nothing to save yet, and nothing to explain
         print("lightning-slm: interrupted", file=sys.stderr)

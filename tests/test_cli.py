@@ -49,8 +49,8 @@ assert not {"torch", "lightning", "transformers"} & set(sys.modules), sys.module
 
 
 def test_a_mistyped_command_is_told_what_is_near(capsys):
-    assert main(["mesure"]) == 2
-    assert "unknown command 'mesure'. Near names: 'measure'." in capsys.readouterr().err
+    assert main(["exportt"]) == 2
+    assert "unknown command 'exportt'. Near names: 'export'." in capsys.readouterr().err
 
 
 def test_options_before_the_command_are_refused_with_the_reason(capsys):
@@ -190,6 +190,15 @@ def test_without_a_run_folder_it_is_named_after_the_configurations(place, tmp_pa
     assert (tmp_path / "runs" / "tiny+prune_50" / "config.yaml").is_file()
 
 
+def test_minutes_become_steps_that_a_continued_run_keeps(place, tmp_path):
+    assert fit(place, tmp_path, "--minutes", "0.02") == 0
+    steps = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_steps"]
+    assert steps != 6
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert fit(place, tmp_path, "--minutes", "5", "--ckpt_path", "last") == 0
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_steps"] == steps
+
+
 @pytest.mark.slow
 def test_a_stopped_run_continues_and_ends_like_one_that_was_not_stopped(place, tmp_path, dense):
     """SIGINT in another process: it finishes the step, saves, and says how to go on."""
@@ -298,7 +307,26 @@ def test_measure_gives_every_number_of_a_run_as_json(dense, capsys):
         report["values"]
     )
     assert all(value >= 0 for value in report["values"].values())
-    assert "corpus, val split" in report["text"]
+    assert "corpus" in report["text"]
+
+
+@pytest.mark.slow
+def test_measure_reads_all_of_a_text_that_is_given(dense, place, capsys):
+    """One document: no split of it would do. Exported, so that what is measured is what lies there."""
+    text = place / "one.txt"
+    text.write_text("import os " * 60)
+    main(["export", str(dense), str(place / "measured")])
+    options = ["--windows", "1", "--window", "16", "--new_tokens", "2", "--json"]
+    capsys.readouterr()
+    assert main(["measure", str(place / "measured"), "--data", str(text), *options]) == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    assert values["bits_per_byte"] > 0
+    assert values["file_bytes"] == file_bytes(place / "measured")
+
+
+def test_a_teacher_that_is_not_there_is_named(place, tmp_path, capsys):
+    assert fit(place, tmp_path, "--config", "distill", "--trainer.callbacks.teacher", str(tmp_path / "no.ckpt")) == 2
+    assert "no.ckpt" in capsys.readouterr().err
 
 
 @pytest.mark.slow

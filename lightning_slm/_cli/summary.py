@@ -24,7 +24,7 @@ _TRAINER = (
     ("default_root_dir", "the run's folder: checkpoints, resolved config, logs (default: runs/NAMES OF THE CONFIGS)"),
     ("callbacks+=NAME", "append a callback; then --trainer.callbacks.ARGUMENT sets its arguments"),
 )
-_ONLY_FIT = (("--minutes", "train for about so long: as many steps as fit, timed first"),)
+_MINUTES = "train for about so long: as many steps as fit, timed first"
 _VERBS = {
     "fit": "Train a model.",
     "validate": "Evaluate on the validation split.",
@@ -42,11 +42,7 @@ def of_training(command: str) -> str:
         _line("--config", "a packaged recipe (lightning-slm recipes list) or a YAML file; repeat to merge"),
         _line("", f"overlays that append a technique: {overlays}"),
         _line("--ckpt_path", "last: continue this run where it stopped, or start it; or a checkpoint, or a run folder"),
-        *(
-            [_line("--minutes", "train for about so long: as many steps as fit, timed first")]
-            if command == "fit"
-            else []
-        ),
+        *([_line("--minutes", _MINUTES)] if command == "fit" else []),
         _line("--print_config", "print the resolved configuration, and stop"),
         _line("--help-all", "every option (takes a few seconds); --model.help NAME for one class"),
         f"\nmodel: {_class_options('modules', 'CausalLM', 'model')}",
