@@ -2,6 +2,7 @@
 
 # Shape letters: N = tokens (batch and sequence flattened), n = tokens of one chunk, D = model width, V = vocabulary.
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def linear_cross_entropy(
         head: any module from (n, D) to (n, V) logits: a linear layer, a fake-quantised one, one with hooks. It is
             called once for each chunk.
         labels_N: the token that each row predicts; -100 = no loss.
-        chunk: rows at a time. Fewer save memory, but each chunk adds to the head's whole gradient once.
+        chunk: rows at a time, at most. Fewer save memory, but each chunk adds to the head's whole gradient once.
         extra: losses on the same logits, each called as ``fn(logits_nV, labels_n, rows)``, where ``rows`` is the
             slice of the N rows it is given, and returning the *sum* over them. Gradients flow to the logits only,
             not to parameters of ``fn``.
@@ -75,7 +76,9 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[slice]:
         N = len(self.labels_N)
-        return (slice(start, min(start + self.size, N)) for start in range(0, N, self.size))
+        count = max(1, math.ceil(N / self.size))
+        size = max(1, math.ceil(N / count))  # alike, so that a compiler sees one shape
+        return (slice(start, min(start + size, N)) for start in range(0, N, size))
 
     def loss(self, hidden_nD: Tensor, rows: slice) -> Tensor:
         labels_n = self.labels_N[rows]

@@ -134,3 +134,14 @@ def test_a_compiled_model_around_it_gives_the_same_gradients(hidden_ND, labels_N
     slow = naive_cross_entropy(body(hidden_ND), head, labels_N)
     for a, b in zip(gradients(fast, hidden_ND, head.weight), gradients(slow, hidden_ND, head.weight)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_are_alike_and_no_rows_are_no_loss():
+    head, sizes = nn.Linear(D, V), []
+    head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    linear_cross_entropy(torch.randn(22, D), head, torch.zeros(22, dtype=torch.long), chunk=8)
+    assert sizes == [8, 8, 6]
+    nothing = linear_cross_entropy(torch.randn(0, D), head, torch.zeros(0, dtype=torch.long))
+    assert nothing == 0
+    nothing.backward()
+    assert not head.weight.grad.any()
