@@ -107,8 +107,8 @@ class QuantizationAwareTraining(Callback):
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     def state_dict(self) -> dict[str, Any]:
-        """The first optimizer step with rounding, where it is not the first of all."""
-        return {"begin_step": self._begin_step} if self.begin and self._begin_step is not None else {}
+        """The first optimizer step with rounding. (And by its key a checkpoint tells how it was rounded.)"""
+        return {} if self._begin_step is None else {"begin_step": self._begin_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run begins where it was to begin, even if it is now longer."""
