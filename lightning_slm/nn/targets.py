@@ -77,7 +77,8 @@ def weight_matrices(model: nn.Module) -> Iterator[Target]:
 
 def output_heads(model: nn.Module) -> set[int]:
     """Identities of the output heads' weights, where a model (of Hugging Face's kind) tells them."""
-    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    makers = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
+    heads = [make() for make in makers if callable(make)]
     return {id(head.weight) for head in heads if head is not None}
 
 

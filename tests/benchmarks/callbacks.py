@@ -59,7 +59,7 @@ def step_time(*callbacks: pl.Callback, model: torch.nn.Module | None = None, val
 
 
 def torchao_prepared() -> torch.nn.Module:
-    """torchao's own quantisation-aware training, without us, of the same linear layers."""
+    """Torchao's own quantisation-aware training, without us, of the same linear layers."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
 

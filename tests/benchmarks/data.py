@@ -29,7 +29,8 @@ def run(results: Results) -> None:
         "encode_batch": lambda: timed(lambda: first.tokenizer.backend_tokenizer.encode_batch(documents)),
     }
     times = alternate(variants, rounds=5)
-    size = f"{sum(len(t.encode()) for t in documents) / 1e6:.1f} MB in {min(times['ours']):.1f} s, reading and writing included"
+    megabytes = sum(len(t.encode()) for t in documents) / 1e6
+    size = f"{megabytes:.1f} MB in {min(times['ours']):.1f} s, reading and writing included"
     value = ratio(times, "ours", "encode_batch")
     results.add(Goal("tokenising the standard library / encode_batch", value, 1.10, at_least=False, detail=size))
 

@@ -61,7 +61,7 @@ class Results:
         lines = [
             f"# {self.theme}, {time.strftime('%Y-%m-%d')}",
             "",
-            f"`make benchmark` (`python tests/benchmarks/run.py {self.theme}`), {cpu}, {torch.get_num_threads()} threads;",
+            f"`make benchmark` (theme {self.theme}): {cpu}, {torch.get_num_threads()} threads,",
             f"{versions}. Ratios of medians; variants alternate in one process.",
             "",
             "| what | measured | goal | met | detail |",
