@@ -44,6 +44,7 @@ class Attention(Mixer):
         H, K, d = self.num_heads, self.num_kv_heads, self.head_dim
         qk, v = self.qkv_proj(x_BTD).view(B, T, H + 2 * K, d).transpose(1, 2).split((H + K, K), 1)
         q, k = rotate(qk, *context.rope).split((H, K), 1)
+        v = v.contiguous()  # a view would keep all of qkv alive until the backward pass
         if context.cache is not None:
             k, v = context.cache.update(k, v, layer_idx)
         mask = context.masks.get(self.cache_type)

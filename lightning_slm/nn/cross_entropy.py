@@ -23,7 +23,7 @@ def linear_cross_entropy(
     head: nn.Module,
     labels_N: Tensor,
     *,
-    chunk: int = 512,
+    chunk: int = 256,
     extra: Sequence[LogitsLoss] = (),
     ce_weight: float = 1.0,
 ) -> Tensor:
