@@ -13,7 +13,7 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
     """Let ``around(original, *args, **kwargs)`` answer for ``owner.name(...)``; the returned function takes it off.
 
     Several wraps of one method may be taken off in any order: one that lies under another becomes transparent, and is
-    dropped with the one above it. ``functools.wraps`` keeps the signature that Lightning inspects.
+    dropped with the one above it. Lightning inspects the signature behind one ``functools.wraps``, never behind two.
     """
     original = getattr(owner, name)
     was_on_instance = name in vars(owner)
@@ -35,6 +35,7 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
             top.restore()
             top = vars(owner).get(name)
 
+    wrapper.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
     wrapper.active, wrapper.restore = True, restore  # type: ignore[attr-defined]
     setattr(owner, name, wrapper)
     return undo

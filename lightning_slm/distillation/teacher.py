@@ -58,7 +58,7 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
+        self.network: Any = network
         self._splits: bool | None = None
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class Teacher:
         if self._splits is None:
             self._splits = ids is not None and self._can_split(ids[:1, :8])
         if self._splits and "logits_to_keep" not in inputs:
-            return Answer(self._backbone()(**inputs).last_hidden_state, self.network.get_output_embeddings())
+            return Answer(self.network.base_model(**inputs).last_hidden_state, self.network.get_output_embeddings())
         logits = logits_of(self.network(**inputs))
         if logits is None:
             raise ValueError(
@@ -87,11 +87,6 @@ class Teacher:
         own = vocabulary(self.network)
         if student is not None and own is not None:
             check_vocabularies(student, own)
-
-    def inputs_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a batch that the teacher's ``forward`` names, but labels."""
-        names = inspect.signature(self.network.forward).parameters
-        return {name: value for name, value in batch.items() if name in names and name not in _STUDENTS_OWN}
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         signature = inspect.signature(self.network.forward)
@@ -118,16 +113,13 @@ class Teacher:
                 f"max_position_embeddings={longest}: shorten the window, or choose another teacher."
             )
 
-    def _backbone(self) -> nn.Module:
-        return self.network.base_model
-
     def _can_split(self, ids: Tensor) -> bool:
         network, head = self.network, getattr(self.network, "get_output_embeddings", lambda: None)()
         backbone = getattr(network, "base_model", network)
         if head is None or backbone is network or getattr(network.config, "is_encoder_decoder", False):
             return False
-        hidden = getattr(backbone(ids), "last_hidden_state", None)
-        return hidden is not None and torch.equal(head(hidden), logits_of(network(ids)))
+        hidden, logits = getattr(backbone(ids), "last_hidden_state", None), logits_of(network(ids))
+        return hidden is not None and logits is not None and torch.equal(head(hidden), logits)
 
 
 def freeze_(network: nn.Module) -> Callable[[], None]:
@@ -156,13 +148,13 @@ def fingerprint(network: nn.Module, samples: int = 64) -> str:
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // samples)].double().cpu().numpy().tobytes())
+        digest.update(flat[:: max(1, flat.numel() // samples)].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def vocabulary(network: Any) -> int | None:
     """Entries of a network's output, where its head or its configuration tells."""
-    head = getattr(network, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(network, "get_output_embeddings", lambda: None)()
     if hasattr(head, "weight"):
         return head.weight.shape[0]
     return getattr(getattr(network, "config", None), "vocab_size", None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_slm.distillation.losses import forward_kl_rows
 from lightning_slm.distillation.student import Call
@@ -27,23 +28,27 @@ class ChunkedTerm:
     Args:
         answer: the teacher's, on the whole micro-batch.
         temperature: softens both distributions.
-        weight: factor of the returned sums; `mean` is without it.
+        weight: factor of the returned sums; the means are without it.
     """
 
     def __init__(self, answer: Answer, temperature: float, weight: float) -> None:
         self._teacher_rows = answer.predicting_rows()
         self._temperature, self._weight = temperature, weight
-        self._sum: Tensor | float = 0.0
-        self._tokens: Tensor | int = 0
+        device = answer.states.device
+        self._sums = torch.zeros(2, device=device)  # distillation loss, cross-entropy
+        self._tokens = torch.zeros((), dtype=torch.long, device=device)
 
     def __call__(self, student_NV: Tensor, labels_N: Tensor, rows: slice) -> Tensor:
         """Sum over the chunk's tokens of weight * T^2 * KL; ``rows`` are positions that predict a next token."""
         counted_N = labels_N != -100
         nats_N = forward_kl_rows(student_NV, self._teacher_rows(rows), self._temperature, counted_N)
         loss = nats_N.sum() * self._temperature**2
-        self._sum, self._tokens = self._sum + loss.detach(), self._tokens + counted_N.sum()
+        task_loss = F.cross_entropy(student_NV.detach(), labels_N, reduction="sum")
+        self._sums += torch.stack([loss.detach(), task_loss])
+        self._tokens += counted_N.sum()
         return self._weight * loss
 
-    def mean(self) -> Tensor:
-        """T^2 times the mean forward KL over all chunks so far."""
-        return torch.as_tensor(self._sum / torch.as_tensor(self._tokens).clamp(min=1))
+    def means(self) -> tuple[Tensor, Tensor]:
+        """T^2 times the forward KL, and the cross-entropy; per token, over all chunks so far."""
+        kd_loss, task_loss = (self._sums / self._tokens.clamp(min=1)).unbind()
+        return kd_loss, task_loss

@@ -14,7 +14,7 @@ from lightning_slm.distillation import distillation_loss, forward_kl, forward_kl
 B, T, V = 3, 7, 50
 
 
-@pytest.fixture()
+@pytest.fixture
 def batch():
     labels = torch.randint(0, V, (B, T))
     labels[0, :2] = labels[1, 4] = labels[2, 3:] = -100
@@ -144,7 +144,10 @@ def test_what_only_the_student_forbids_costs_more_than_anything_but_is_no_nan():
 def test_half_precision_logits_give_what_float32_gives_of_the_same_numbers(batch):
     student, teacher, labels = batch[0].bfloat16(), batch[1].bfloat16(), batch[2]
     half, full = student.clone().requires_grad_(), student.float().requires_grad_()
-    losses_ = forward_kl(half, teacher, labels, temperature=2.0), forward_kl(full, teacher.float(), labels, temperature=2.0)
+    losses_ = (
+        forward_kl(half, teacher, labels, temperature=2.0),
+        forward_kl(full, teacher.float(), labels, temperature=2.0),
+    )
     assert losses_[0].dtype == torch.float32
     assert losses_[0].item() == pytest.approx(losses_[1].item(), rel=1e-6)
     for loss in losses_:
