@@ -89,12 +89,17 @@ class GradualPruning(Callback):
         self._choose(pl_module)  # again: another callback may have swapped the layers
         for optimizer in trainer.optimizers:
             self._undo.append(optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)).remove)
-        if self._ramp is not None:
-            if self._sparsity_now:
-                self._masks.find(self._kept_zeros)
-            return
-        self._ramp = self._steps(trainer.estimated_stepping_batches)
-        due = self._last_due(trainer.global_step)
+        if self._ramp is None:
+            self._ramp = self._steps(trainer.estimated_stepping_batches)
+        elif self._sparsity_now:
+            self._masks.find(self._kept_zeros)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Catch up with a schedule that began without us: at step 0, or in a checkpoint without our state.
+
+        Not in `on_train_start`, where other callbacks still look at the model as it came.
+        """
+        due = None if self._masks else self._last_due(trainer.global_step)
         if due is not None:
             self._prune(due, trainer)
 
@@ -124,6 +129,10 @@ class GradualPruning(Callback):
         """Take our hooks off again."""
         while self._undo:
             self._undo.pop()()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """As `teardown`, which Lightning leaves out then."""
+        self.teardown(trainer, pl_module, "fit")
 
     # State: plain numbers. The masks are in the weights.
 

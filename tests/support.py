@@ -20,9 +20,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 VOCABULARY, WINDOW = 64, 8
 
 
-def batches(pairs: bool = False, n: int = 32, batch_size: int = 2) -> StatefulDataLoader:
-    """The same random tokens every time, as dicts of ``input_ids`` and ``labels`` or as (inputs, target) pairs."""
-    ids_NT = torch.randint(VOCABULARY, (n, WINDOW + 1), generator=torch.Generator().manual_seed(7))
+def batches(pairs: bool = False, n: int = 32, batch_size: int = 2, part: slice = slice(None)) -> StatefulDataLoader:
+    """The same random tokens every time, as dicts of ``input_ids`` and ``labels`` or as (inputs, target) pairs.
+
+    Args:
+        part: the examples of one rank.
+    """
+    ids_NT = torch.randint(VOCABULARY, (n, WINDOW + 1), generator=torch.Generator().manual_seed(7))[part]
     if pairs:
         return StatefulDataLoader([(ids[:-1], ids[1:]) for ids in ids_NT], batch_size=batch_size)
     return StatefulDataLoader([{"input_ids": ids[1:], "labels": ids[1:]} for ids in ids_NT], batch_size=batch_size)
@@ -38,14 +42,21 @@ class Demo(LightningTransformer):
     def prepare_data(self) -> None:
         """The demo's own would download."""
 
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.training:
+            self.log("train_loss", loss)
+        return loss
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.training_step(batch, batch_idx))
+        self.log("val_loss", self.training_step(batch, batch_idx))  # as many do
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        """SGD: Adam would make steps of the rounding noise that is the gradient of a key's bias."""
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class ForeignLlama(LightningModule):
@@ -96,11 +107,12 @@ class SaveAndDie(Checkpoint):
     """Saves after some optimizer steps and ends the run by an exception one step later, as a power cut would."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path, self.step = path, step
+        self.path, self.step, self.saved = path, step, False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
+        if trainer.global_step == self.step and not self.saved:  # once, if a step has several batches
             trainer.save_checkpoint(self.path)
+            self.saved = True
         elif trainer.global_step > self.step:
             raise Killed
 
@@ -154,10 +166,10 @@ def kill_and_resume(
             death = SaveAndDie(folder / "saved.ckpt", saved_at)
             run = trainer(folder, [*callbacks, death], **{**kwargs, "enable_checkpointing": True})
             with pytest.raises(Killed):
-                run.fit(module, loader())
+                run.fit(module, loader(), loader())
             continue
         run = trainer(folder, callbacks, logger=notes, **kwargs)
-        run.fit(module, loader(), ckpt_path=folder / "saved.ckpt" if part == "resumed" else None)
+        run.fit(module, loader(), loader(), ckpt_path=folder / "saved.ckpt" if part == "resumed" else None)
         later = {step: values for step, values in notes.steps.items() if step >= saved_at}
         ends.append({**checkpoint(run), "notes": later})
     return ends[0], ends[1]

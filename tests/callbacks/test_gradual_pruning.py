@@ -197,6 +197,29 @@ def test_begin_equal_to_end_at_zero_holds_a_pruned_model_as_it_came(tmp_path):
     assert all(torch.equal(t.weight == 0, before[t.name]) for t in weight_targets(once))
 
 
+def test_pruning_at_once_waits_until_all_have_seen_the_model_as_it_came(tmp_path):
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.start = all((t.weight != 0).all() for t in weight_targets(pl_module))
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            self.first = getattr(self, "first", all((t.weight == 0).any() for t in weight_targets(pl_module)))
+
+    look = Look()
+    fit(tmp_path, GradualPruning(0.5, end=0.0), look)
+    assert (look.start, look.first) == (True, True)
+
+
+def test_a_resumed_run_without_our_state_catches_up_with_the_schedule(tmp_path):
+    dense = trainer(tmp_path, steps=10)
+    dense.fit(ForeignLlama(), batches(), ckpt_path=None)
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    watch, model = Watch(), ForeignLlama()
+    run = trainer(tmp_path, [watch, GradualPruning(0.5, end=0.5)], steps=12)
+    run.fit(model, batches(), ckpt_path=tmp_path / "dense.ckpt")
+    assert [z.float().mean().item() for z in watch.zeros] == [0.5, 0.5]
+
+
 def test_another_criterion_is_one_method(tmp_path):
     class KeepTheFirstInputs(GradualPruning):
         def scores(self, target):

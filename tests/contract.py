@@ -1,0 +1,220 @@
+"""The callback contract's table: every callback, on modules that are not made for it. Run as a script: on two ranks.
+
+``python tests/contract.py FOLDER`` lets Lightning start a second process, runs what needs two ranks, and writes
+FOLDER/results.0.pt, which `test_contract.py` reads.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from support import (
+    VOCABULARY,
+    Demo,
+    ForeignLlama,
+    batches,
+    differences,
+    kill_and_resume,
+    learned,
+    trainer,
+)
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_slm.callbacks import (
+    CompressionReport,
+    GradualPruning,
+    KnowledgeDistillation,
+    QuantizationAwareTraining,
+)
+from lightning_slm.measure import measured
+from lightning_slm.models import SLMConfig, SLMForCausalLM
+from lightning_slm.modules import CausalLM
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of LightningModule: how to make it, its data, and its network (what a teacher is)."""
+
+    make: Callable[..., Any]
+    network: str
+    loader: Callable[..., Any] = batches
+
+
+def our_module() -> CausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return CausalLM(model=SLMForCausalLM(SLMConfig(vocab_size=VOCABULARY, **sizes, pattern="attn/mlp*2")))
+
+
+MODULES = {
+    "demo": Kind(Demo, "model", partial(batches, pairs=True)),
+    "foreign": Kind(ForeignLlama, "net"),
+    "ours": Kind(our_module, "model"),
+}
+
+
+def teacher_of(kind: str) -> nn.Module:
+    """Another network of the same sort; the caller's random numbers stay as they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(42)
+        return getattr(MODULES[kind].make(), MODULES[kind].network)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make a callback for a kind of module, two of them for one, and how it stands in YAML.
+
+    Args:
+        make: the callback for a kind of module.
+        pair: the arguments of two instances that stand in one list.
+        yaml: arguments of plain values.
+        rounds: its result is a step function of the weights, so that equal up to rounding is not equal any more.
+    """
+
+    make: Callable[..., Any]
+    pair: tuple[dict[str, Any], dict[str, Any]]
+    yaml: dict[str, Any]
+    rounds: bool = False
+
+
+EVERY_CALLBACK = {
+    "CompressionReport": Case(
+        lambda kind, **kw: CompressionReport(**{"batches": 1, "prompt_tokens": 2, "new_tokens": 2, "runs": 1, **kw}),
+        pair=({}, {"folder": "second"}),
+        yaml={"batches": 4},
+    ),
+    "GradualPruning": Case(
+        lambda kind, **kw: GradualPruning(**{"sparsity": 0.5, "group": 4, "end": 0.75, "every": 2, **kw}),
+        pair=({}, {"sparsity": 0.25, "targets": "*layers.0*"}),
+        yaml={"sparsity": 0.5, "group": 4, "skip": ["*down_proj"]},
+    ),
+    "KnowledgeDistillation": Case(
+        lambda kind, **kw: KnowledgeDistillation(**{"teacher": teacher_of(kind), **kw}),
+        pair=({}, {"weight": 0.25}),
+        yaml={"teacher": "slm-5m", "temperature": 1.5},
+    ),
+    "QuantizationAwareTraining": Case(
+        # The demo's attention reads weights without calling their layers: nothing rounds there.
+        lambda kind, **kw: QuantizationAwareTraining(
+            **{"group": 16, "begin": 0.3, "skip": "*attn*" if kind == "demo" else (), **kw}
+        ),
+        pair=({"targets": "*layers.0*"}, {"targets": "*layers.1*", "scheme": "int8_weight", "begin": 0.6}),
+        yaml={"scheme": "int4_weight", "group": 16, "embedding": None},
+        rounds=True,
+    ),
+}
+
+
+ON_TWO_RANKS = [(kind, name) for kind in MODULES for name in [*EVERY_CALLBACK, "all"]]
+
+
+def all_together(kind: str) -> list[Any]:
+    """One of each, in the order of the alphabet."""
+    return [case.make(kind) for case in EVERY_CALLBACK.values()]
+
+
+def without_fresh_processes() -> None:
+    """CompressionReport measures memory in fresh processes, 10 s each; its own tests do that."""
+
+    def left_out(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("left out in the contract's tests")
+
+    measured.peak_memory = left_out
+
+
+def comparable(end: dict[str, Any]) -> dict[str, Any]:
+    """`learned`, but for times that were measured."""
+    for key, state in end["callbacks"].items():
+        for timed in ("first_token_seconds", "tokens_per_second") if key.startswith("CompressionReport") else ():
+            state["before"]["values"].pop(timed, None)
+    return learned(end)
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def apart(first: nn.Module, second: nn.Module, start: torch.Tensor) -> float:
+    """Distance between two trained modules, as a share of the way that the first one went."""
+    return float((flat(first) - flat(second)).norm() / (flat(first) - start).norm())
+
+
+def fit(
+    kind: str,
+    callbacks: list[Any],
+    folder: Path,
+    batch_size: int = 2,
+    prepare: Any = None,
+    part: slice = slice(None),
+    **kwargs: Any,
+) -> Any:
+    """A short run; returns its module, its start (as one vector) and its trainer."""
+    torch.manual_seed(0)
+    module = MODULES[kind].make()
+    if prepare is not None:
+        prepare(module)
+    start = flat(module)
+    run = trainer(folder, callbacks, **kwargs)
+    loader = MODULES[kind].loader
+    run.fit(module, loader(n=64, batch_size=batch_size, part=part), loader(n=4))
+    return module, start, run
+
+
+class ShardedLlama(ForeignLlama):
+    """FSDP2 as Lightning wants it: written out by the user."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self.net, "set_requires_gradient_sync"):
+            for part in (*self.net.model.layers, self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def make_callbacks(kind: str, name: str) -> list[Any]:
+    return all_together(kind) if name == "all" else [EVERY_CALLBACK[name].make(kind)]
+
+
+def on_two_ranks(folder: Path, kind: str, name: str) -> dict[str, Any]:
+    """Where kill + resume differs, whether the ranks agree, and what they learned."""
+    m, make = MODULES[kind], partial(make_callbacks, kind, name)
+    # The examples are dealt out here: Lightning's own way would deal them in another order than one process has.
+    part = slice(int(os.environ.get("LOCAL_RANK", 0)), None, 2)
+    pair = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    ends = kill_and_resume(m.make, make, folder, partial(m.loader, part=part), **pair)
+    module, _, run = fit(kind, make(), folder, part=part, **pair)
+    ranks = run.strategy.all_gather(flat(module))
+    return {
+        "differences": differences(*map(comparable, ends)),
+        "ranks agree": bool(torch.equal(ranks[0], ranks[1])),
+        "steps": run.global_step,
+        "learned": ranks[0],
+    }
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """GradualPruning where each rank holds half of every weight."""
+    settings = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    StrategyRegistry.register("halves", ModelParallelStrategy, **settings)
+    pair = {"strategy": "halves", "devices": 2, "use_distributed_sampler": False}
+    ends = kill_and_resume(ShardedLlama, partial(make_callbacks, "foreign", "GradualPruning"), folder, **pair)
+    return {"differences": differences(*map(comparable, ends)), "state_dict": ends[0]["state_dict"]}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    without_fresh_processes()
+    jobs = {f"{kind}-{name}": partial(on_two_ranks, kind=kind, name=name) for kind, name in ON_TWO_RANKS}
+    results: dict[str, Any] = {}
+    for title, job in {**jobs, "sharded": sharded}.items():
+        try:
+            results[title] = job(Path(sys.argv[1], title))
+        except Exception as error:  # the same on both ranks, if it is the callback's
+            results[title] = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(results, Path(sys.argv[1], f"results.{os.environ.get('LOCAL_RANK', 0)}.pt"))
