@@ -101,7 +101,11 @@ def test_activations_are_rounded_as_torchao_does_bit_for_bit(dtype, shape):
     assert torch.equal(fake_quantize_activation(x), theirs(x))
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 8), torch.ones(2, 8), -torch.rand(2, 8), torch.rand(2, 8) + 5], ids=str)
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(2, 8), torch.ones(2, 8), -torch.linspace(0.1, 1, 16).view(2, 8), torch.linspace(5, 6, 16).view(2, 8)],
+    ids=["zeros", "ones", "negative", "above five"],
+)
 def test_zero_is_among_the_levels_of_every_token_and_none_is_far_off(x):
     rounded = fake_quantize_activation(x)
     step = x.abs().max() / 255
