@@ -12,7 +12,7 @@ from lightning_slm.quantization import (
     quantize_weight,
 )
 from lightning_slm.quantization.fake import code_range
-from lightning_slm.quantization.packed import pack, unpack
+from lightning_slm.quantization.packed import dequantize_packed, pack, unpack
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -24,6 +24,15 @@ def test_packing_is_undone_by_unpacking_for_every_code(bits):
     assert packed.dtype == torch.uint8
     assert packed.numel() * 8 == codes.numel() * bits
     assert torch.equal(unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_from_bytes_to_weights_is_the_long_one(bits, dtype):
+    codes, scale = quantize_weight(torch.randn(6, 64), bits, 16)
+    packed = pack(codes, bits)
+    short = dequantize_packed(packed, scale, bits, dtype)
+    assert torch.equal(short, dequantize_weight(unpack(packed, bits), scale, dtype))
 
 
 def test_two_codes_of_four_bits_lie_in_a_byte_the_first_half_of_the_row_below_the_second():
