@@ -7,6 +7,7 @@ from torch import nn
 from lightning_slm.quantization import (
     PackedEmbedding,
     PackedLinear,
+    dequantize_weight,
     fake_quantize_weight,
     prepare_qat_,
     quantize_weight,
