@@ -169,12 +169,14 @@ def test_loaded_in_bfloat16_it_answers_in_bfloat16(tmp_path):
     assert (logits(again).float() - logits(model)).abs().max() < 0.05 * logits(model).abs().max()
 
 
-def test_a_fresh_python_needs_only_to_import_the_package(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["lightning_slm", "transformers"])
+def test_a_fresh_python_needs_only_to_import_the_package_before_or_after_transformers(first, tmp_path):
     model = ours()
     prepare_qat_(model)
     save_hf_folder(model, tmp_path / "out")
     code = (
-        "import lightning_slm; from transformers import AutoModelForCausalLM, AutoConfig;"
+        f"import {first}; from transformers import AutoModelForCausalLM; import lightning_slm;"
         f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r});"
         "print(type(m).__name__, type(m.lm_head).__name__)"
     )
