@@ -1,5 +1,6 @@
 """Ratios that survive a noisy machine: variants alternate in one process, and medians are compared."""
 
+import os
 import platform
 import statistics
 import subprocess
@@ -98,11 +99,14 @@ def timed(work: Callable[[], object], repeats: int = 1) -> float:
 def peak_mib(code: str) -> float:
     """High-water mark of resident memory, MiB, that ``code`` adds after its line ``# start``, in a fresh process."""
     setup, _, work = code.partition("# start\n")
-    script = (
-        f"{setup}\nimport resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{work}\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900, check=True)
+    mark = "int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    # The kernel's mark is reset first: a child's resource usage begins at that of its parent.
+    reset = "open('/proc/self/clear_refs', 'w').write('5')"
+    script = f"{setup}\n{reset}\nbefore = {mark}\n{work}\nprint(({mark} - before) / 1024)"
+    # A fixed threshold: what is freed goes back to the system, and fragmentation is not measured in place of tensors.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "500000"}
+    run = [sys.executable, "-c", script]
+    out = subprocess.run(run, capture_output=True, text=True, timeout=900, check=True, env=env)
     return float(out.stdout.strip().splitlines()[-1])
 
 
