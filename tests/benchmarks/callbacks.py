@@ -12,7 +12,7 @@ from lightning_slm import CausalLM, CompressionReport, GradualPruning, Knowledge
 from lightning_slm.measure import measured
 from lightning_slm.models import PRESETS, SLMForCausalLM
 
-STEPS, WARM_UP, ROUNDS = 32, 4, 5
+STEPS, WARM_UP, ROUNDS = 24, 4, 3
 B, T, V = 4, 256, 4096
 
 
@@ -37,7 +37,10 @@ def loader() -> DataLoader:
 
 
 def adamw(params):
-    return torch.optim.AdamW(params, lr=1e-4)
+    """Fused: torch's loop over tensors takes the square root of each second moment in a pass of its own, and where a
+    pruned weight has made that zero the pass is three times slower (here 3 % of a step of a model this small).
+    """
+    return torch.optim.AdamW(params, lr=1e-4, fused=True)
 
 
 def step_time(*callbacks: pl.Callback, model: torch.nn.Module | None = None, val: bool = False) -> float:

@@ -1,5 +1,6 @@
 """Ratios that survive a noisy machine: variants alternate in one process, and medians are compared."""
 
+import gc
 import os
 import platform
 import statistics
@@ -79,6 +80,7 @@ def alternate(variants: dict[str, Callable[[], float]], rounds: int = 5) -> dict
     names = list(variants)
     for r in range(rounds):
         for name in names if r % 2 == 0 else reversed(names):
+            gc.collect()  # a trainer and its module are a cycle; left to chance, they would be freed in another's time
             times[name].append(variants[name]())
     return times
 
