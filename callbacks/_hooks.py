@@ -1,10 +1,8 @@
-"""What several callbacks need: to wrap a module's method and take the wrap off again, and to reach local shards."""
+"""What several callbacks need: to wrap a module's method and take the wrap off again."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 Undo = Callable[[], None]
 
@@ -56,8 +54,3 @@ def when_layers_exist(pl_module: Any, work: Callable[[], None]) -> Undo:
         work()
 
     return wrap_method(pl_module, "configure_model", configure_then_work)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the shard of a DTensor, else the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_slm.callbacks._hooks import Undo, when_layers_exist
 from lightning_slm.errors import NoEffectWarning
+from lightning_slm.nn.sharded import whole
 from lightning_slm.nn.targets import Patterns, Target, weight_targets
 from lightning_slm.pruning import HeldMasks, check_targets, cubic_sparsity, magnitude_scores
 from lightning_slm.pruning.masks import Budget
@@ -69,8 +70,7 @@ class GradualPruning(Callback):
 
     def scores(self, target: Target) -> Tensor:
         """What each weight of a target is worth, in the weight's own layout; the lowest go first."""
-        weight = target.weight
-        return magnitude_scores(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+        return magnitude_scores(whole(target.weight))
 
     def should_prune(self, step: int) -> bool:
         """Whether more weights go after ``step`` optimizer steps."""

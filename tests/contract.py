@@ -36,7 +36,7 @@ from lightning_slm.callbacks import (
 )
 from lightning_slm.measure import measured
 from lightning_slm.models import SLMConfig, SLMForCausalLM
-from lightning_slm.modules import CausalLM
+from lightning_slm.modules import CausalLM, muon_adamw
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ def without_fresh_processes() -> None:
     measured.peak_memory = left_out
 
 
+def muon_in_float32() -> None:
+    """Where the processor has bf16, Newton-Schulz takes it, and another order of sums becomes another step."""
+    muon_adamw.fast_dtype = lambda device: torch.float32
+
+
 def comparable(end: dict[str, Any]) -> dict[str, Any]:
     """`learned`, but for times that were measured."""
     for key, state in end["callbacks"].items():
@@ -210,6 +215,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     without_fresh_processes()
+    muon_in_float32()
     jobs = {f"{kind}-{name}": partial(on_two_ranks, kind=kind, name=name) for kind, name in ON_TWO_RANKS}
     results: dict[str, Any] = {}
     for title, job in {**jobs, "sharded": sharded}.items():

@@ -17,7 +17,23 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_slm.models import SLMConfig, SLMForCausalLM
+
 VOCABULARY, WINDOW = 64, 8
+
+
+def tiny_slm(tied: bool = True) -> SLMForCausalLM:
+    """A model of ours, 96 x 64, in evaluation mode."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    return SLMForCausalLM(SLMConfig(**sizes, **heads, pattern="attn/mlp*2")).eval()
+
+
+def tiny_llama(tied: bool = True) -> transformers.LlamaForCausalLM:
+    """Hugging Face's, of the same sizes."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
 def batches(pairs: bool = False, n: int = 32, batch_size: int = 2, part: slice = slice(None)) -> StatefulDataLoader:

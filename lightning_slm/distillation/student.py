@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_slm.distillation.losses import predicted
-from lightning_slm.distillation.teacher import logits_of, token_ids
+from lightning_slm.distillation.teacher import token_ids
 from lightning_slm.errors import near
+from lightning_slm.nn.language_model import logits_of
 
 # Shape letters: B = batch, T = tokens, V = vocabulary, N = rows: B * T positions, flattened.
 

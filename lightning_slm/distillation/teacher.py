@@ -4,7 +4,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_slm.distillation.losses import LazyRows, check_vocabularies
+from lightning_slm.nn.language_model import backbone_and_head, is_backbone_and_head, logits_of
 
 # What a student may be called with and a teacher should not be: its loss and its cache are not wanted.
 _STUDENTS_OWN = ("labels", "num_items_in_batch", "use_cache", "past_key_values", "return_logits")
@@ -72,9 +73,11 @@ class Teacher:
         ids = token_ids(inputs.values())
         self._check_length(ids)
         if self._splits is None:
-            self._splits = ids is not None and self._can_split(ids[:1, :8])
-        if self._splits and "logits_to_keep" not in inputs:
-            return Answer(self.network.base_model(**inputs).last_hidden_state, self.network.get_output_embeddings())
+            self._splits = ids is not None and is_backbone_and_head(self.network, ids[:1, :8])
+        parts = backbone_and_head(self.network) if self._splits and "logits_to_keep" not in inputs else None
+        if parts is not None:
+            backbone, head = parts
+            return Answer(backbone(**inputs).last_hidden_state, head)
         logits = logits_of(self.network(**inputs))
         if logits is None:
             raise ValueError(
@@ -113,14 +116,6 @@ class Teacher:
                 f"max_position_embeddings={longest}: shorten the window, or choose another teacher."
             )
 
-    def _can_split(self, ids: Tensor) -> bool:
-        network, head = self.network, getattr(self.network, "get_output_embeddings", lambda: None)()
-        backbone = getattr(network, "base_model", network)
-        if head is None or backbone is network or getattr(network.config, "is_encoder_decoder", False):
-            return False
-        hidden, logits = getattr(backbone(ids), "last_hidden_state", None), logits_of(network(ids))
-        return hidden is not None and logits is not None and torch.equal(head(hidden), logits)
-
 
 def freeze_(network: nn.Module) -> Callable[[], None]:
     """Evaluation mode, no gradients; the returned function puts every flag back."""
@@ -158,12 +153,6 @@ def vocabulary(network: Any) -> int | None:
     if hasattr(head, "weight"):
         return head.weight.shape[0]
     return getattr(getattr(network, "config", None), "vocab_size", None)
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """The logits in what a module returned: its ``.logits``, its ``["logits"]``, or the tensor itself."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    return logits if isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim >= 2 else None
 
 
 def token_ids(values: Iterable[Any]) -> Tensor | None:

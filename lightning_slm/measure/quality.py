@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_slm.nn.language_model import logits_of
+
 
 class _NatsPer(Metric):
     """Summed nats over a summed unit. float32, since float64 does not exist on every accelerator (MPS)."""
@@ -168,7 +170,11 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor] | Tensor, targets_BT: Te
         output = model(**inputs)
     else:
         output = model(inputs, targets_BT) if _required_arguments(model) > 1 else model(inputs)
-    logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_of(output)
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} returned neither logits nor an object with some; measure the network that does."
+        )
     return logits.reshape(*targets_BT.shape, -1)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from lightning_slm.nn.hardware import fast_dtype
+from lightning_slm.nn.sharded import as_shard_of, local, part_for, whole
 from lightning_slm.nn.targets import Patterns, matches
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at zero, and close enough to one elsewhere
@@ -111,12 +112,13 @@ class MuonAdamW(Optimizer):
         grads, locals_ = _locals([p.grad for p in params]), _locals(params)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-        updates = orthogonalize([_whole(u, p) for u, p in zip(nesterov, params)], group["ns_steps"])
+        # All else is per element, and so done on local shards; Newton-Schulz needs whole matrices.
+        updates = orthogonalize([whole(as_shard_of(u, p)) for u, p in zip(nesterov, params)], group["ns_steps"])
         torch._foreach_mul_(locals_, 1 - group["lr"] * group["weight_decay"])
         for param, update in zip(params, updates):
             rows, columns = param.shape
             scale = max(1.0, rows / columns) ** 0.5
-            _local(param).add_(_part(update, param), alpha=-group["lr"] * scale)
+            local(param).add_(part_for(update, param), alpha=-group["lr"] * scale)
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -159,7 +161,7 @@ def orthogonalize(matrices: Sequence[Tensor], steps: int = 5, dtype: torch.dtype
     for (M, N, device), members in batches.items():
         size = max(1, _BATCH_ELEMENTS // (M * N))
         for chunk in (members[k : k + size] for k in range(0, len(members), size)):
-            wide_KMN = torch.stack([_wide(matrices[i]) for i in chunk]).to(dtype or _fast_dtype(device))
+            wide_KMN = torch.stack([_wide(matrices[i]) for i in chunk]).to(dtype or fast_dtype(device))
             done.update((i, _wide_as(x, matrices[i])) for i, x in zip(chunk, _newton_schulz(wide_KMN, steps)))
     return [done[i] for i in range(len(matrices))]
 
@@ -174,14 +176,6 @@ def _newton_schulz(x_KMN: Tensor, steps: int) -> Tensor:
     return x_KMN
 
 
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 without hardware for it is twenty times slower than float32."""
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
-    return torch.bfloat16
-
-
 def _wide(matrix: Tensor) -> Tensor:
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
@@ -190,29 +184,5 @@ def _wide_as(wide_MN: Tensor, matrix: Tensor) -> Tensor:
     return wide_MN.T if matrix.shape[0] > matrix.shape[1] else wide_MN
 
 
-# Sharded parameters (DTensor): everything is per element, hence on local shards, but for Newton-Schulz.
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _locals(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [_local(t) for t in tensors if t is not None]
-
-
-def _whole(shard: Tensor, param: Tensor) -> Tensor:
-    """The matrix of which this rank holds ``shard``, laid out as ``param``."""
-    if not isinstance(param, DTensor):
-        return shard
-    mesh, shape, stride = param.device_mesh, param.shape, param.stride()
-    return DTensor.from_local(shard, mesh, param.placements, run_check=False, shape=shape, stride=stride).full_tensor()
-
-
-def _part(matrix: Tensor, param: Tensor) -> Tensor:
-    """This rank's shard of a matrix that every rank holds whole."""
-    if not isinstance(param, DTensor):
-        return matrix
-    mesh = param.device_mesh
-    whole = DTensor.from_local(matrix, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=param.placements).to_local()
+    return [local(t) for t in tensors if t is not None]

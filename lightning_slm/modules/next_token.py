@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_slm.measure.quality import evaluating
 from lightning_slm.nn.cross_entropy import LogitsLoss, linear_cross_entropy
+from lightning_slm.nn.language_model import backbone_and_head, is_backbone_and_head, logits_of
 
 
 class NextTokenLoss:
@@ -24,7 +25,8 @@ class NextTokenLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.in_parts = _is_backbone_and_head(model)
+        with evaluating(model):
+            self.in_parts = isinstance(model, PreTrainedModel) and is_backbone_and_head(model, _few_ids(model))
         self.longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         signature = inspect.signature(model.forward).parameters
         self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in signature.values())
@@ -40,12 +42,13 @@ class NextTokenLoss:
         """
         ids_BT, options = batch["input_ids"], self._options(batch)
         self.check_length(ids_BT.shape[1])
-        if not self.in_parts:
+        parts = backbone_and_head(self.model) if self.in_parts else None
+        if parts is None:
             logits_BTV = _logits(self.model(ids_BT, **options))
             return linear_cross_entropy(
                 logits_BTV[:, :-1].flatten(0, 1), nn.Identity(), labels_N, extra=extra, ce_weight=ce_weight
             )
-        backbone, head = _parts(self.model)  # looked up each time: quantisation may have put another head there
+        backbone, head = parts
         hidden_BTD = backbone(ids_BT, **options).last_hidden_state
         return linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, labels_N, extra=extra, ce_weight=ce_weight)
 
@@ -87,30 +90,13 @@ def next_labels(batch: Any) -> Tensor:
     return labels_BT[:, 1:].reshape(-1)
 
 
-@torch.no_grad()
-def _is_backbone_and_head(model: nn.Module) -> bool:
-    """Whether the composition of the two is the model, to the last bit."""
-    if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
-        return False
-    backbone, head = _parts(model)
-    if backbone is None or head is None:
-        return False
-    ids_BT = torch.arange(8, device=model.device)[None] % model.config.vocab_size
-    with evaluating(model):
-        hidden_BTD = getattr(backbone(ids_BT, use_cache=False), "last_hidden_state", None)
-        logits_BTV = _logits(model(ids_BT, use_cache=False))
-        return hidden_BTD is not None and torch.equal(head(hidden_BTD), logits_BTV)
-
-
-def _parts(model: Any) -> tuple[Any, Any]:
-    return getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
+def _few_ids(model: PreTrainedModel) -> Tensor:
+    return torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
 
 
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+    logits = logits_of(output)
+    if logits is None:
         raise ValueError(
             f"The model's forward(input_ids) returned {type(output).__name__}; it must be logits of shape (batch, "
             "tokens, vocabulary), or an object or dict that has them as logits."

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_slm.nn.sharded import as_shard_of, local, part_for, whole
 from lightning_slm.nn.targets import Target
 from lightning_slm.pruning.masks import Budget, prune_masks
 
@@ -50,7 +50,7 @@ class HeldMasks:
         Returns: the share of pruned weights.
         """
         if self:  # before any weight that scores nothing by chance
-            kept = [_whole(_shards(keep, t.weight)) for keep, t in zip(self._keep, self.targets)]
+            kept = [whole(as_shard_of(keep, t.weight)) for keep, t in zip(self._keep, self.targets)]
             scores = [s.masked_fill(k == 0, -math.inf) for s, k in zip(scores, kept)]
         scores_OI = [_transposed(s, t) for s, t in zip(scores, self.targets)]
         masks_OI = prune_masks(scores_OI, sparsity, group=group, budget=budget, ramp=ramp)
@@ -60,7 +60,7 @@ class HeldMasks:
     @torch.no_grad()
     def apply_(self, tensors: Iterable[Tensor | None]) -> None:
         """Zero the pruned entries in place, of one tensor per target: weight, gradient or momentum; or None."""
-        pairs = [(_local(x), keep) for x, keep in zip(tensors, self._keep) if x is not None]
+        pairs = [(local(x), keep) for x, keep in zip(tensors, self._keep) if x is not None]
         if pairs:
             torch._foreach_mul_([x for x, _ in pairs], [keep for _, keep in pairs])
 
@@ -71,7 +71,7 @@ class HeldMasks:
         Returns: flat positions in the whole weight, by target name; with them the masks can be found again.
         """
         zeros = {
-            t.name: _whole((t.weight == 0) & _shards(keep.bool(), t.weight)).flatten().nonzero().flatten().cpu()
+            t.name: whole((t.weight == 0) & as_shard_of(keep.bool(), t.weight)).flatten().nonzero().flatten().cpu()
             for t, keep in zip(self.targets, self._keep)
         }
         return {name: positions for name, positions in zeros.items() if positions.numel()}
@@ -81,7 +81,7 @@ class HeldMasks:
         """Find the masks in the weights: all zeros but those kept."""
         self._keep = []
         for t in self.targets:
-            keep = _whole(t.weight) != 0
+            keep = whole(t.weight) != 0
             if t.name in kept_zeros:
                 keep.view(-1)[kept_zeros[t.name].to(keep.device)] = True
             self._keep.append(_keep(keep, t))
@@ -92,24 +92,5 @@ def _transposed(x: Tensor, target: Target) -> Tensor:
     return x if target.input_dim == 1 else x.T
 
 
-def _keep(whole: Tensor, target: Target) -> Tensor:
-    weight = target.weight
-    mask = whole.to(weight.dtype)
-    if isinstance(weight, DTensor):
-        return distribute_tensor(mask, weight.device_mesh, weight.placements).to_local()
-    return mask.contiguous()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shards(part: Tensor, like: Tensor) -> Tensor:
-    """The parts that all ranks hold as one sharded tensor, laid out like ``like``."""
-    if not isinstance(like, DTensor):
-        return part
-    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+def _keep(mask: Tensor, target: Target) -> Tensor:
+    return part_for(mask.to(target.weight.dtype), target.weight).contiguous()

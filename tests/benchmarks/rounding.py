@@ -1,4 +1,4 @@
-"""What rounding costs a trained model, before and after training with it: a table of the card.
+"""What rounding costs a trained model, before and after training with it: a table of the card of QuantizationAwareTraining.
 
     python tests/benchmarks/rounding.py [steps]
 

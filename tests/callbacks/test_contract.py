@@ -23,6 +23,7 @@ from contract import (
     fit,
     flat,
     make_callbacks,
+    muon_in_float32,
     without_fresh_processes,
 )
 from lightning.pytorch import Callback
@@ -40,11 +41,14 @@ every = pytest.mark.parametrize("name", EVERY_CALLBACK)
 
 
 @pytest.fixture(autouse=True)
-def _no_fresh_processes(monkeypatch):
+def _comparable_numbers(monkeypatch):
     from lightning_slm.measure import measured
+    from lightning_slm.modules import muon_adamw
 
     monkeypatch.setattr(measured, "peak_memory", measured.peak_memory)  # put back afterwards
+    monkeypatch.setattr(muon_adamw, "fast_dtype", muon_adamw.fast_dtype)
     without_fresh_processes()
+    muon_in_float32()
 
 
 def test_the_table_has_every_callback_of_the_registry():

@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support import tiny_llama as llama
+from support import tiny_slm as ours
 from tokenizers import Tokenizer, models
 from torch import nn
 
 import lightning_slm.export.huggingface as huggingface
 from lightning_slm.export import folder_bytes, save_hf_folder
-from lightning_slm.models import SLMConfig, SLMForCausalLM
 from lightning_slm.nn.targets import weight_targets
 from lightning_slm.pruning import magnitude_
 from lightning_slm.quantization import (
@@ -27,25 +28,6 @@ from lightning_slm.quantization import (
 from lightning_slm.quantization.packed import unpack
 
 IDS = torch.arange(24).reshape(2, 12)
-
-
-def ours(tied=True):
-    config = SLMConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pattern="attn/mlp*2",
-        tie_word_embeddings=tied,
-    )
-    return SLMForCausalLM(config).eval()
-
-
-def llama(tied=True):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_attention_heads": 2, "num_hidden_layers": 2, "tie_word_embeddings": tied}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
 def load(folder):

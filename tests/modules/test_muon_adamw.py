@@ -45,7 +45,7 @@ def backward(net, step):
 @pytest.fixture
 def bf16(monkeypatch):
     """Newton-Schulz in bf16, as torch.optim.Muon always does it, also where the processor is slow at that."""
-    monkeypatch.setattr(muon_adamw, "_fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(muon_adamw, "fast_dtype", lambda device: torch.bfloat16)
 
 
 def test_five_steps_equal_those_of_torch_muon_and_torch_adamw(bf16):

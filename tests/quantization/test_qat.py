@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-import transformers
 from support import Demo, ForeignLlama
+from support import tiny_llama as llama
+from support import tiny_slm as ours
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_slm.errors import NoEffectWarning
-from lightning_slm.models import SLMConfig, SLMForCausalLM
 from lightning_slm.nn.targets import weight_targets
 from lightning_slm.pruning import magnitude_
 from lightning_slm.quantization import (
@@ -24,25 +24,6 @@ from lightning_slm.quantization import (
     quantize_layer,
     unprepare_qat_,
 )
-
-
-def ours(tied=True):
-    config = SLMConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pattern="attn/mlp*2",
-        tie_word_embeddings=tied,
-    )
-    return SLMForCausalLM(config).eval()
-
-
-def llama(tied=True):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_attention_heads": 2, "num_hidden_layers": 2, "tie_word_embeddings": tied}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
 def perceptron():
