@@ -7,9 +7,7 @@ their class in place and nothing else: parameters, state-dict keys, hooks and mo
 
 # Shape letters: O = outputs, I = inputs, G = groups of a row, V = vocabulary, D = model width.
 
-import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_slm.errors import NoEffectWarning, near
-from lightning_slm.nn.targets import Patterns, Target, matches, output_heads, weight_targets
+from lightning_slm.errors import near
+from lightning_slm.nn.targets import Patterns, matches, output_heads, weight_targets
 from lightning_slm.quantization.fake import fake_quantize_activation, fake_quantize_weight, quantize_weight
+from lightning_slm.quantization.layers import check_free, keep_off_fast_path, warn_of_the_rest
 
 EmbeddingBits = Literal["int8", "int4"]
 
@@ -117,14 +116,16 @@ def prepare_qat_(
         skipped = {id(w) for name, w in tables if matches(name, skip)}  # by either name, where two are tied
         wanted |= {id(w): table for _, w in tables if id(w) not in skipped}
     layers = [(name, m, wanted[id(m.weight)]) for name, m in _layers(model) if id(m.weight) in wanted]
-    for name, module, quant in layers:  # all checks before any change
+    for target in chosen:  # all checks before any change
+        check_free(target, FakeQuantLinear)
+    for name, module, quant in layers:
         _check(name, module, quant)
-    _warn_of_the_rest(chosen, [module for _, module, _ in layers])
+    warn_of_the_rest(chosen, [module for _, module, _ in layers])
     for _, module, quant in layers:
         if type(module) in _FAKE:
             module.__class__ = _FAKE[type(module)]
             vars(module).update(quant=quant, fake_quant_enabled=True)
-    _keep_off_fast_path(model)
+    keep_off_fast_path(model, FakeQuantLinear)
     return [name for name, _, _ in layers]
 
 
@@ -210,33 +211,6 @@ def _check(name: str, module: Layer, quant: LayerQuant) -> None:
             f"{name!r}: an embedding with max_norm, sparse or scale_grad_by_freq cannot be fake-quantised; set them "
             f"off, or skip={name!r}."
         )
-
-
-def _warn_of_the_rest(chosen: list[Target], quantised: Sequence[nn.Module]) -> None:
-    """Name what was asked for and stays in full precision, by kind of module."""
-    done = {id(m.weight) for m in quantised}
-    rest = defaultdict(list)
-    for target in chosen:
-        if id(target.weight) not in done:
-            rest[type(target.module).__name__].append(target.name)
-    if rest:
-        kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in rest.items())
-        warnings.warn(
-            f"Not quantised, for only the forward of an nn.Linear can be exchanged: {kinds}. Skip them to say so.",
-            NoEffectWarning,
-            stacklevel=3,
-        )
-    elif not quantised:
-        warnings.warn("prepare_qat_ found no layer to quantise.", NoEffectWarning, stacklevel=3)
-
-
-def _keep_off_fast_path(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer has a fused eval path that reads the weights and never calls its linear layers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and fake_quant_layers(module):
-            module.activation_relu_or_gelu = 0  # "not a known activation": PyTorch then takes the plain path
-        if isinstance(module, nn.TransformerEncoder) and fake_quant_layers(module):
-            module.use_nested_tensor = False  # only the fused path can take such tensors
 
 
 def _torchao_tensor(weight_OI: Tensor, quant: LayerQuant) -> Tensor:
