@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_slm.callbacks._find import network_of, validation_loader
 from lightning_slm.measure import Measured, Method, Report, measure_model
+from lightning_slm.nn.sharded import is_sharded, plain_copy
 from lightning_slm.quantization import enable_fake_quant_, fake_quant_layers
 
 
@@ -22,7 +23,7 @@ class CompressionReport(Callback):
 
     The report goes to the terminal and, as report.json, report.md and report.png, into a folder. Quality is measured
     on the first validation batches; what a model cannot do (be exported, generate) is left out with the reason. The
-    first rank measures while the others wait.
+    first rank measures while the others wait; of a sharded model it measures a whole copy, for which it needs the memory.
 
     Args:
         baseline: what is measured as "before". "start": the model as training begins, dense. Or another one: a preset,
@@ -71,23 +72,19 @@ class CompressionReport(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure "before", unless a resumed run brought its figures along."""
-        if any(hasattr(p, "full_tensor") for p in pl_module.parameters()):
-            raise ValueError(
-                "CompressionReport measures a whole model, and this strategy shards it: leave the callback away, save "
-                "the model, and call lightning_slm.measure.compare(before, after, batches)."
-            )
-        if trainer.is_global_zero and self._before is None:
+        if self._before is None:
             self._began_at = trainer.global_step
-            source = self._baseline_model(pl_module)
-            with _rounding(source, False):
-                self._before = self._measure(trainer, pl_module, source, quantized=False)
+            source = _at_hand(self._baseline_model(pl_module), trainer)
+            if source is not None:
+                with _rounding(source, False):
+                    self._before = self._measure(trainer, pl_module, source, quantized=False)
         trainer.strategy.barrier("CompressionReport before")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure "after", when every callback has had its last word on the weights, and write the report."""
+        source = _at_hand(network_of(pl_module), trainer)
         # Without "before" nothing was left to train, in a run that began without us.
-        if trainer.is_global_zero and self._before is not None:
-            source = network_of(pl_module)
+        if source is not None and self._before is not None:
             with _rounding(source, True):
                 after = self._measure(trainer, pl_module, source, quantized="auto")
             report = Report(self._before, after, self._about(trainer, pl_module))
@@ -137,6 +134,14 @@ class CompressionReport(Callback):
             "before": start if self.baseline == "start" else str(self.baseline).partition("(\n")[0],
             "after": f"the model at step {trainer.global_step}",
         }
+
+
+def _at_hand(network: nn.Module, trainer: Any) -> nn.Module | None:
+    """What the first rank measures: the network, or a whole copy of one that is in shards; None on other ranks."""
+    keep = trainer.is_global_zero
+    if is_sharded(network):
+        return plain_copy(network, keep)
+    return network if keep else None
 
 
 @contextmanager

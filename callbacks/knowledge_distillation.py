@@ -83,7 +83,7 @@ class KnowledgeDistillation(Callback):
         self._undo.append(wrap_method(pl_module, "training_step", with_teacher))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Freeze the teacher and move it to where the student is."""
+        """Freeze the teacher and move it to where the student is, in shards if that is in shards."""
         if not self.weight:
             return
         network = self._asked.network
@@ -94,6 +94,9 @@ class KnowledgeDistillation(Callback):
             )
         self._undo.append(freeze_(network))
         self._fingerprint = fingerprint(network)
+        shard = getattr(trainer.strategy, "shard_frozen_", None)  # as the student is
+        if shard is not None:
+            shard(network)
         network.to(pl_module.device)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

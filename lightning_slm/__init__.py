@@ -5,7 +5,7 @@ Names are imported when they are first used, so that ``import lightning_slm`` co
 
 from importlib import import_module
 
-from lightning_slm._transformers import register as _register_with_transformers
+from lightning_slm._registers import register as _register
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ _EXPORTS = {
     "lightning_slm.errors": ("NoEffectWarning",),
     "lightning_slm.models": ("SLMConfig", "SLMForCausalLM"),
     "lightning_slm.modules": ("CausalLM", "MuonAdamW"),
+    "lightning_slm.strategies": ("FSDP2Strategy", "ZeRO1Strategy"),
 }
 _HOME = {name: package for package, names in _EXPORTS.items() for name in names}
 _PACKAGES = (
@@ -43,4 +44,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_PACKAGES})
 
 
-_register_with_transformers()
+_register()

@@ -1,6 +1,9 @@
-"""Sharding strategies and precision plugins (none yet: Lightning's own DDP and precisions are what is tested)."""
+"""Sharding strategies and precision plugins: one module and one card each."""
 
-__all__: list[str] = []
+from lightning_slm.strategies.fsdp2_strategy import FSDP2Strategy
+from lightning_slm.strategies.zero1_strategy import ZeRO1Strategy
+
+__all__ = ["FSDP2Strategy", "ZeRO1Strategy"]
 
 if __name__ != "lightning_slm.strategies":
     raise ImportError("import lightning_slm.strategies, not strategies: a second copy of every class would be made")

@@ -1,4 +1,4 @@
-"""What the low-bit precision plugins share: when layers are exchanged, what the rest computes in, and early refusals."""
+"""What the low-bit precision plugins share: when layers are exchanged, what the rest computes in, early refusals."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

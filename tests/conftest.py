@@ -8,6 +8,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from support import RENDEZVOUS
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,16 @@ def _same_start():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left():
+    """A strategy of one process, too, makes a group; the next test wants its own."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        for name in RENDEZVOUS:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True, scope="session")

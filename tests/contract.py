@@ -1,7 +1,7 @@
 """The callback contract's table: every callback, on modules that are not made for it. Run as a script: on two ranks.
 
-``python tests/contract.py FOLDER`` lets Lightning start a second process, runs what needs two ranks, and writes
-FOLDER/results.0.pt, which `test_contract.py` reads.
+``python tests/contract.py FOLDER STRATEGY`` lets Lightning start a second process, runs what needs two ranks, and
+writes FOLDER/results.0.pt, which `test_contract.py` reads.
 """
 
 import os
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from support import (
     VOCABULARY,
     Demo,
@@ -26,7 +25,6 @@ from support import (
     trainer,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from lightning_slm.callbacks import (
     CompressionReport,
@@ -37,6 +35,7 @@ from lightning_slm.callbacks import (
 from lightning_slm.measure import measured
 from lightning_slm.models import SLMConfig, SLMForCausalLM
 from lightning_slm.modules import CausalLM, muon_adamw
+from lightning_slm.nn.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,7 @@ EVERY_CALLBACK = {
 }
 
 
+STRATEGIES = ("ddp", "slm_fsdp2", "slm_zero1")
 ON_TWO_RANKS = [(kind, name) for kind in MODULES for name in [*EVERY_CALLBACK, "all"]]
 
 
@@ -143,7 +143,8 @@ def comparable(end: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(module: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
+    """All parameters as one vector; whole, where ranks hold parts."""
+    return torch.cat([whole(p.detach()).flatten() for p in module.parameters()])
 
 
 def apart(first: nn.Module, second: nn.Module, start: torch.Tensor) -> float:
@@ -172,25 +173,16 @@ def fit(
     return module, start, run
 
 
-class ShardedLlama(ForeignLlama):
-    """FSDP2 as Lightning wants it: written out by the user."""
-
-    def configure_model(self) -> None:
-        if not hasattr(self.net, "set_requires_gradient_sync"):
-            for part in (*self.net.model.layers, self.net):
-                fully_shard(part, mesh=self.device_mesh["data_parallel"])
-
-
 def make_callbacks(kind: str, name: str) -> list[Any]:
     return all_together(kind) if name == "all" else [EVERY_CALLBACK[name].make(kind)]
 
 
-def on_two_ranks(folder: Path, kind: str, name: str) -> dict[str, Any]:
+def on_two_ranks(folder: Path, kind: str, name: str, strategy: str) -> dict[str, Any]:
     """Where kill + resume differs, whether the ranks agree, and what they learned."""
     m, make = MODULES[kind], partial(make_callbacks, kind, name)
     # The examples are dealt out here: Lightning's own way would deal them in another order than one process has.
     part = slice(int(os.environ.get("LOCAL_RANK", 0)), None, 2)
-    pair = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    pair = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
     ends = kill_and_resume(m.make, make, folder, partial(m.loader, part=part), **pair)
     module, _, run = fit(kind, make(), folder, part=part, **pair)
     ranks = run.strategy.all_gather(flat(module))
@@ -199,28 +191,21 @@ def on_two_ranks(folder: Path, kind: str, name: str) -> dict[str, Any]:
         "ranks agree": bool(torch.equal(ranks[0], ranks[1])),
         "steps": run.global_step,
         "learned": ranks[0],
+        "state_dict": ends[0]["state_dict"],
     }
 
 
-def sharded(folder: Path) -> dict[str, Any]:
-    """GradualPruning where each rank holds half of every weight."""
-    settings = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
-    StrategyRegistry.register("halves", ModelParallelStrategy, **settings)
-    pair = {"strategy": "halves", "devices": 2, "use_distributed_sampler": False}
-    ends = kill_and_resume(ShardedLlama, partial(make_callbacks, "foreign", "GradualPruning"), folder, **pair)
-    return {"differences": differences(*map(comparable, ends)), "state_dict": ends[0]["state_dict"]}
-
-
 if __name__ == "__main__":
+    folder, strategy = Path(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     without_fresh_processes()
     muon_in_float32()
-    jobs = {f"{kind}-{name}": partial(on_two_ranks, kind=kind, name=name) for kind, name in ON_TWO_RANKS}
     results: dict[str, Any] = {}
-    for title, job in {**jobs, "sharded": sharded}.items():
+    for kind, name in ON_TWO_RANKS:
+        title = f"{kind}-{name}"
         try:
-            results[title] = job(Path(sys.argv[1], title))
+            results[title] = on_two_ranks(folder / title, kind, name, strategy)
         except Exception as error:  # the same on both ranks, if it is the callback's
             results[title] = {"error": f"{type(error).__name__}: {error}"}
-        torch.save(results, Path(sys.argv[1], f"results.{os.environ.get('LOCAL_RANK', 0)}.pt"))
+        torch.save(results, folder / f"results.{os.environ.get('LOCAL_RANK', 0)}.pt")

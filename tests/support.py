@@ -3,6 +3,12 @@
 Shape letters: N = examples, B = batch, T = tokens.
 """
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_slm.models import SLMConfig, SLMForCausalLM
 
 VOCABULARY, WINDOW = 64, 8
+# What Lightning leaves in the environment of a process that was one of several, or the only one.
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def tiny_slm(tied: bool = True) -> SLMForCausalLM:
@@ -189,6 +197,25 @@ def kill_and_resume(
         later = {step: values for step, values in notes.steps.items() if step >= saved_at}
         ends.append({**checkpoint(run), "notes": later})
     return ends[0], ends[1]
+
+
+def run_on_ranks(script: Path, *arguments: Any, timeout: int) -> str:
+    """Run a script whose Trainer starts further processes; returns what it printed. None is left behind."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    for name in RENDEZVOUS:
+        environment.pop(name, None)
+    with tempfile.TemporaryFile("w+") as log:
+        job = [sys.executable, str(script), *map(str, arguments)]
+        process = subprocess.Popen(job, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the other ranks too
+        log.seek(0)
+        text = log.read()
+    assert code == 0, text[-4000:]
+    return text
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:

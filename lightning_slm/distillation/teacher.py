@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_slm.distillation.losses import LazyRows, check_vocabularies
 from lightning_slm.nn.language_model import backbone_and_head, is_backbone_and_head, logits_of
+from lightning_slm.nn.sharded import whole
 
 # What a student may be called with and a teacher should not be: its loss and its cache are not wanted.
 _STUDENTS_OWN = ("labels", "num_items_in_batch", "use_cache", "past_key_values", "return_logits")
@@ -142,7 +143,7 @@ def fingerprint(network: nn.Module, samples: int = 64) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
+        flat = whole(tensor.detach()).flatten()
         digest.update(flat[:: max(1, flat.numel() // samples)].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -3,7 +3,7 @@
 # Shape letters: B = batch, T = tokens, N = predicted positions, n = those of a chunk, V = vocabulary.
 
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from lightning_slm.modules.stored import (
     tokenizer_to_text,
 )
 from lightning_slm.modules.token_window import TokenWindow
+from lightning_slm.nn.blocks import repeated_blocks
 from lightning_slm.nn.cross_entropy import LogitsLoss
+from lightning_slm.nn.sharded import is_sharded, plain_copy
 
 
 class CausalLM(LightningModule):
@@ -264,7 +266,8 @@ class CausalLM(LightningModule):
         return module
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder; on the first rank only.
+        """Write model and tokenizer as a Hugging Face folder, on the first rank; where the model is in shards, all
+        ranks must call this.
 
         Raises:
             ValueError: the model is not a Hugging Face model.
@@ -274,6 +277,8 @@ class CausalLM(LightningModule):
             raise ValueError(
                 f"{type(network).__name__} has no save_pretrained; use torch.save(module.model.state_dict(), ...)."
             )
+        if is_sharded(network):
+            network = plain_copy(network, keep=self.global_rank == 0)
         if self.global_rank == 0:
             network.save_pretrained(folder)
             if (tokenizer := self._current_tokenizer()) is not None:
@@ -327,15 +332,12 @@ def _count(labels_N: Tensor) -> Tensor:
 
 
 def _compile_blocks(model: nn.Module) -> None:
-    """Compile, in place, the repeated blocks: the members of module lists that share a class with a neighbour."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    inside = {id(child) for outer in lists for child in outer.modules() if child is not outer}
-    outermost = [m for m in lists if id(m) not in inside]
-    blocks = [b for m in outermost for b in m if Counter(map(type, m))[type(b)] > 1]
+    """Compile, in place, the repeated blocks."""
+    blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(
             f"compile=True: {type(model).__name__} has no repeated blocks; compile what you want of it: "
             "model.part.compile(), before it is given to CausalLM."
         )
-    for block in blocks:
+    for _, block in blocks:
         block.compile()

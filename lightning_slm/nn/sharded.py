@@ -1,6 +1,11 @@
-"""Sharded parameters (DTensor) and plain ones alike: this rank's part of a tensor, and the whole of it."""
+"""Sharded parameters (DTensor) and plain ones alike: this rank's part of a tensor, the whole of it, and of a module."""
 
-from torch import Tensor
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 
@@ -11,7 +16,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor that all ranks hold parts of; all of them must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh_device = tensor.device_mesh.device_type
+    # What was offloaded to the CPU is gathered where the mesh communicates.
+    return (tensor if tensor.device.type == mesh_device else tensor.to(mesh_device)).full_tensor()
 
 
 def as_shard_of(part: Tensor, like: Tensor) -> Tensor:
@@ -29,3 +38,74 @@ def part_for(tensor: Tensor, like: Tensor) -> Tensor:
     mesh = like.device_mesh
     everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements).to_local()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ranks hold parts of its parameters."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """A nest of dicts and lists with every tensor whole and on the CPU; all ranks must call this.
+
+    Args:
+        keep: whether this rank wants it; elsewhere the tensors are let go one by one, and None stands for them.
+    """
+    if isinstance(state, Tensor):
+        tensor = whole(state.detach())
+        return (tensor.cpu().clone() if tensor is state else tensor.cpu()) if keep else None
+    if isinstance(state, Mapping):
+        return type(state)((key, gathered(value, keep)) for key, value in state.items())  # type: ignore[call-arg]
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(value, keep) for value in state)
+    return state
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, cut and placed as ``like`` is; one of another shape (a count of steps) stays whole."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    part = part_for(tensor.to(like.device_mesh.device_type), like)
+    return as_shard_of(part.to(like.to_local().device, copy=True), like)
+
+
+def plain_copy(module: nn.Module, keep: bool = True) -> nn.Module | None:
+    """An unsharded copy, with weights of its own and without hooks, for whoever wants a model that is whole.
+
+    Everything but parameters, buffers and sub-modules is shared with the original. All ranks must call this.
+
+    Args:
+        keep: whether this rank wants it; elsewhere the weights are let go one by one, and None is returned.
+    """
+    if not keep:
+        gathered([p.detach() for p in module.parameters()], keep=False)
+        return None
+    tensors: dict[int, Tensor] = {}
+
+    def tensor_of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in tensors:  # a tied weight is one again
+            copied = whole(tensor.detach()).clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+        return tensors[id(tensor)]
+
+    return _copy_with(module, tensor_of, {})
+
+
+def _copy_with(module: nn.Module, tensor_of: Callable[[Any], Any], copies: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in copies:
+        kind = type(module)
+        plain = kind.__mro__[2] if isinstance(module, FSDPModule) else kind  # FSDP2 puts a class of its own before it
+        copy = copies[id(module)] = plain.__new__(plain)
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                value = {name: tensor_of(tensor) for name, tensor in value.items()}
+            elif key == "_modules":
+                value = {n: None if m is None else _copy_with(m, tensor_of, copies) for n, m in value.items()}
+            elif isinstance(value, OrderedDict) and "hooks" in key:
+                value = OrderedDict()
+            if key != "forward":  # put on the object by activation checkpointing: bound to the original
+                vars(copy)[key] = value
+    return copies[id(module)]

@@ -58,7 +58,7 @@ def matches(name: str, patterns: Patterns) -> bool:
     >>> matches("layers.3.q_proj", "*q_proj"), matches("head", ["*proj", "norm*"])
     (True, False)
     """
-    return any(fnmatchcase(name, p) for p in _as_list(patterns))
+    return any(fnmatchcase(name, p) for p in as_list(patterns))
 
 
 def weight_matrices(model: nn.Module) -> Iterator[Target]:
@@ -84,7 +84,7 @@ def output_heads(model: nn.Module) -> set[int]:
 
 def _matching(candidates: list[Target], patterns: Patterns, argument: str, also: Sequence[str] = ()) -> set[str]:
     found: set[str] = set()
-    for pattern in _as_list(patterns):
+    for pattern in as_list(patterns):
         hits = {t.name for t in candidates if fnmatchcase(t.name, pattern) or fnmatchcase(t.module_name, pattern)}
         # A skip that only names something never touched (an embedding, say) is no mistake.
         if not hits and not any(fnmatchcase(name, pattern) for name in also):
@@ -97,5 +97,6 @@ def _matching(candidates: list[Target], patterns: Patterns, argument: str, also:
     return found
 
 
-def _as_list(patterns: Patterns) -> list[str]:
+def as_list(patterns: Patterns) -> list[str]:
+    """One pattern or several, as a list."""
     return [patterns] if isinstance(patterns, str) else list(patterns)

@@ -7,7 +7,7 @@ import warnings
 
 from harness import Results
 
-THEMES = ("callbacks", "backbone", "data", "imports")
+THEMES = ("callbacks", "backbone", "data", "imports", "sharding")
 
 
 def main(themes: list[str]) -> int:

@@ -1,8 +1,7 @@
 """The callback contract (DESIGN.md), over the registry: every callback, on modules that are not made for it."""
 
+import functools
 import itertools
-import os
-import signal
 import subprocess
 import sys
 from copy import deepcopy
@@ -17,6 +16,7 @@ from contract import (
     EVERY_CALLBACK,
     MODULES,
     ON_TWO_RANKS,
+    STRATEGIES,
     all_together,
     apart,
     comparable,
@@ -29,7 +29,18 @@ from contract import (
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
-from support import Demo, ForeignLlama, Killed, SaveAndDie, batches, checkpoint, differences, kill_and_resume, trainer
+from support import (
+    Demo,
+    ForeignLlama,
+    Killed,
+    SaveAndDie,
+    batches,
+    checkpoint,
+    differences,
+    kill_and_resume,
+    run_on_ranks,
+    trainer,
+)
 
 import lightning_slm
 from lightning_slm import callbacks as registry
@@ -296,39 +307,34 @@ def test_dotted_paths_need_no_import(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """One job of two processes for all the tests below."""
-    folder = tmp_path_factory.mktemp("ddp")
-    script = HERE.parents[1] / "contract.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
-    job = [sys.executable, str(script), str(folder)]
-    log = folder / "log.txt"
-    with log.open("w") as out:
-        process = subprocess.Popen(job, env=environment, stdout=out, stderr=out, start_new_session=True)
-    try:
-        assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # both ranks
-    return torch.load(folder / "results.0.pt")
+    """One job of two processes for each strategy and all the tests below."""
+
+    @functools.cache
+    def results(strategy):
+        folder = tmp_path_factory.mktemp(strategy)
+        run_on_ranks(HERE.parents[1] / "contract.py", folder, strategy, timeout=280)
+        return torch.load(folder / "results.0.pt")
+
+    return results
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("contract on two ranks")
 @pytest.mark.parametrize(("kind", "name"), ON_TWO_RANKS)
-def test_on_two_ranks_it_resumes_bit_identically_and_learns_what_one_process_learns(tmp_path, two_ranks, kind, name):
-    found = two_ranks[f"{kind}-{name}"]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_on_two_ranks_it_resumes_bit_identically_and_learns_what_one_process_learns(
+    tmp_path, two_ranks, strategy, kind, name
+):
+    found = two_ranks(strategy)[f"{kind}-{name}"]
     assert "error" not in found
     assert found["differences"] == []
     assert found["ranks agree"]
     assert found["steps"] == 8
+    plain = MODULES[kind].make()
+    assert list(found["state_dict"]) == list(plain.state_dict())
+    if name in ("GradualPruning", "all"):
+        weights = [found["state_dict"][t.name] for t in weight_targets(plain)]
+        assert all(((weight.reshape(-1, 4) == 0).sum(1) >= 2).all() for weight in weights)
     alone, start, _ = fit(kind, make_callbacks(kind, name), tmp_path, batch_size=4)
     apart = (flat(alone) - found["learned"]).norm() / (flat(alone) - start).norm()
     assert apart < (0.2 if name == "all" or EVERY_CALLBACK[name].rounds else 0.01)
-
-
-@pytest.mark.slow
-def test_sharded_weights_are_pruned_as_whole_ones_and_resume_bit_identically(two_ranks):
-    assert "error" not in two_ranks["sharded"]
-    assert two_ranks["sharded"]["differences"] == []
-    names = [t.name for t in weight_targets(ForeignLlama())]
-    weights = [two_ranks["sharded"]["state_dict"][name] for name in names]
-    assert all(((weight.reshape(-1, 4) == 0).sum(1) == 2).all() for weight in weights)

@@ -1,11 +1,13 @@
-"""``import lightning_slm`` is enough for transformers to load our models and packed folders, and imports neither.
+"""``import lightning_slm`` is enough for transformers to load our models and packed folders, and for Lightning to know
+our strategies by name; it imports none of them.
 
-Transformers looks up model types and quantisation methods in two tables. When, and if, the modules that hold them are
-imported, our entries are added; what they stand for is imported when it is looked up.
+Transformers looks up model types and quantisation methods in two tables, Lightning strategies in one. When, and if, the
+modules that hold them are imported, our entries are added; what they stand for is imported when it is looked up.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -37,9 +39,20 @@ def _add_quantization(module: Any) -> None:
     import_module("lightning_slm.quantization.hf")
 
 
+def _add_strategies(module: Any) -> None:
+    for name, kind in {"slm_fsdp2": "FSDP2Strategy", "slm_zero1": "ZeRO1Strategy"}.items():
+        if name not in module.StrategyRegistry:
+            module.StrategyRegistry.register(name, partial(_strategy, kind), description=f"lightning_slm's {kind}")
+
+
+def _strategy(kind: str, **options: Any) -> Any:
+    return getattr(import_module("lightning_slm.strategies"), kind)(**options)
+
+
 _WHEN_IMPORTED: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _add_model_type,
     "transformers.quantizers.auto": _add_quantization,
+    "lightning.pytorch.strategies": _add_strategies,
 }
 
 
@@ -62,7 +75,7 @@ class _Finder(MetaPathFinder):
 
 
 def register() -> None:
-    """Add our entries: now where transformers' tables exist already, else when they do."""
+    """Add our entries: now where the tables exist already, else when they do."""
     for name, add in _WHEN_IMPORTED.items():
         if name in sys.modules:
             add(sys.modules[name])
