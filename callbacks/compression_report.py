@@ -23,7 +23,7 @@ class CompressionReport(Callback):
 
     The report goes to the terminal and, as report.json, report.md and report.png, into a folder. Quality is measured
     on the first validation batches; what a model cannot do (be exported, generate) is left out with the reason. The
-    first rank measures while the others wait; of a sharded model it measures a whole copy, for which it needs the memory.
+    first rank measures while the others wait; of a sharded model a whole copy, for which it needs the memory.
 
     Args:
         baseline: what is measured as "before". "start": the model as training begins, dense. Or another one: a preset,

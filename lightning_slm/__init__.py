@@ -21,7 +21,7 @@ _EXPORTS = {
     "lightning_slm.errors": ("NoEffectWarning",),
     "lightning_slm.models": ("SLMConfig", "SLMForCausalLM"),
     "lightning_slm.modules": ("CausalLM", "MuonAdamW"),
-    "lightning_slm.strategies": ("FSDP2Strategy", "ZeRO1Strategy"),
+    "lightning_slm.strategies": ("FSDP2Strategy", "Float8Precision", "ZeRO1Strategy"),
 }
 _HOME = {name: package for package, names in _EXPORTS.items() for name in names}
 _PACKAGES = (

@@ -145,10 +145,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.compile_blocks:
             for block in blocks:
                 block.compile()
-        prepare: Any = getattr(self.precision_plugin, "before_sharding_", lambda model: None)
-        prepare(model)
-        dtypes = [getattr(torch, d) if d else None for d in (self.param_dtype, self.reduce_dtype)]
-        options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(*dtypes)}
+        dtypes = {"param_dtype": self.param_dtype, "reduce_dtype": self.reduce_dtype}
+        policy = MixedPrecisionPolicy(**{k: getattr(torch, d) for k, d in dtypes.items() if d})  # type: ignore[arg-type]
+        options: dict[str, Any] = {"mp_policy": policy}
+        if hasattr(self.precision_plugin, "before_sharding_"):
+            options["prepare"] = self.precision_plugin.before_sharding_
         if self._offloads():
             options["offload_policy"] = CPUOffloadPolicy()
         shard_(model, blocks, self.shard_mesh, self.zero_stage, **options)

@@ -10,6 +10,10 @@ RECIPES = [name for name, path in packaged.recipes().items() if not packaged.is_
 OVERLAYS = [name for name, path in packaged.recipes().items() if packaged.is_overlay(path)]
 
 
+PLUGINS = [name for name in OVERLAYS if "plugins+:" in packaged.recipes()[name].read_text()]
+CALLBACKS = [name for name in OVERLAYS if name not in PLUGINS]
+
+
 def test_there_is_a_recipe_for_every_preset_and_none_for_anything_else():
     from lightning_slm.models import PRESETS
 
@@ -85,18 +89,30 @@ def ours(cli):
     return [type(c).__name__ for c in cli.trainer.callbacks if type(c).__module__.startswith("lightning_slm.callbacks")]
 
 
+def precision(cli):
+    return type(cli.trainer.precision_plugin).__name__
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_recipe_builds_under_all_overlays_at_once(recipe, built):
-    cli = built(recipe, *OVERLAYS)
-    assert len(ours(cli)) == len(OVERLAYS)
+def test_each_recipe_builds_under_all_callbacks_at_once(recipe, built):
+    cli = built(recipe, *CALLBACKS)
+    assert len(ours(cli)) == len(CALLBACKS)
     assert type(cli.model).__name__ == "CausalLM"
     assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs > 0
 
 
-def test_each_overlay_adds_one_callback_and_changes_nothing_else(built):
+@pytest.mark.parametrize("overlay", PLUGINS)
+@pytest.mark.parametrize("recipe", ["slm_5m", "tinyllama_1.1b"])  # one without and one with a precision of its own
+def test_each_low_bit_precision_stands_over_a_recipe_and_beside_all_callbacks(recipe, overlay, built):
+    cli = built(recipe, *CALLBACKS, overlay)
+    assert precision(cli).lower().startswith(overlay.replace("_", ""))
+    assert len(ours(cli)) == len(CALLBACKS)
+
+
+def test_each_overlay_of_a_callback_adds_one_and_changes_nothing_else(built):
     before = _without_callbacks(plain := built("slm_5m"))
     assert ours(plain) == []
-    for overlay in OVERLAYS:
+    for overlay in CALLBACKS:
         overlaid = built("slm_5m", overlay)
         assert len(ours(overlaid)) == 1, overlay
         assert _without_callbacks(overlaid) == before, overlay

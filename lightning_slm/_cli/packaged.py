@@ -10,7 +10,7 @@ from lightning_slm._cli import UserError
 from lightning_slm.errors import near
 
 FOLDER = Path(str(files("lightning_slm.recipes")))
-_OVERLAY = re.compile(r"^ *callbacks\+:", re.MULTILINE)
+_OVERLAY = re.compile(r"^ *(callbacks|plugins)\+:", re.MULTILINE)
 
 
 def recipes() -> dict[str, Path]:
@@ -19,7 +19,7 @@ def recipes() -> dict[str, Path]:
 
 
 def is_overlay(path: Path) -> bool:
-    """An overlay appends callbacks to whatever stands before it; a recipe is a run of its own."""
+    """An overlay appends a callback or a plugin to whatever stands before it; a recipe is a run of its own."""
     return _OVERLAY.search(path.read_text()) is not None
 
 

@@ -88,7 +88,7 @@ def to_llama_config(ours: PreTrainedConfig) -> LlamaConfig:
     """
     for i, block in enumerate(ours.blocks):
         names = [None if spec is None else (spec.name, spec.label) for spec in (block.token, block.channel)]
-        if names != [("attn", None), ("mlp", None)]:
+        if names not in ([("attn", None), ("mlp", None)], [("attn", None), ("smooth_mlp", None)]):
             raise ValueError(
                 f"to_hf: block {i} of pattern {ours.pattern!r} is no plain attn/mlp of its own, as all of Llama's are; "
                 "save_pretrained keeps the model as it is."

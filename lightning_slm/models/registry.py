@@ -2,6 +2,7 @@
 
 from lightning_slm.nn.attention import Attention, SlidingWindowAttention
 from lightning_slm.nn.mixer import Mixer
+from lightning_slm.nn.smooth_swiglu import SmoothSwiGLU
 from lightning_slm.nn.swiglu import SwiGLU
 
 TOKEN_MIXERS: dict[str, type[Mixer]] = {
@@ -11,4 +12,5 @@ TOKEN_MIXERS: dict[str, type[Mixer]] = {
 
 CHANNEL_MIXERS: dict[str, type[Mixer]] = {
     "mlp": SwiGLU,
+    "smooth_mlp": SmoothSwiGLU,
 }

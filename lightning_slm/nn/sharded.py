@@ -20,7 +20,8 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     mesh_device = tensor.device_mesh.device_type
     # What was offloaded to the CPU is gathered where the mesh communicates.
-    return (tensor if tensor.device.type == mesh_device else tensor.to(mesh_device)).full_tensor()
+    there: Any = tensor if tensor.device.type == mesh_device else tensor.to(mesh_device)
+    return there.full_tensor()
 
 
 def as_shard_of(part: Tensor, like: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def plain_copy(module: nn.Module, keep: bool = True) -> nn.Module | None:
 
 def _copy_with(module: nn.Module, tensor_of: Callable[[Any], Any], copies: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in copies:
-        kind = type(module)
+        kind: Any = type(module)
         plain = kind.__mro__[2] if isinstance(module, FSDPModule) else kind  # FSDP2 puts a class of its own before it
         copy = copies[id(module)] = plain.__new__(plain)
         for key, value in vars(module).items():

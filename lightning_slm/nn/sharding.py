@@ -3,7 +3,7 @@ https://arxiv.org/abs/2304.11277; ZeRO: Rajbhandari et al. 2020, https://arxiv.o
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 
-def shard_(root: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, zero_stage: int = 3, **options: Any) -> None:
+def shard_(
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    zero_stage: int = 3,
+    prepare: Callable[[nn.Module], object] = lambda part: None,
+    **options: Any,
+) -> None:
     """Shard ``blocks``, then what is left of ``root``, over ``mesh``, in place; parameters become DTensors.
 
     All ranks begin with the weights of the first. What lies on the meta device gets its first weights here, a block
@@ -25,12 +32,15 @@ def shard_(root: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, zero_
         mesh: one dimension, or two (replicas, shards).
         zero_stage: 3: a block is gathered for its forward and again for its backward pass; 2: gathered weights are
             kept in between.
+        prepare: called with each part when it has its weights, before it is sharded.
         options: of ``torch.distributed.fsdp.fully_shard``.
     """
     for block in sorted(blocks, key=lambda block: sum(1 for _ in block.modules())):  # inner ones first
         _alike_(block, root, mesh)
+        prepare(block)
         fully_shard(block, mesh=mesh, reshard_after_forward=zero_stage == 3, **options)
     _alike_(root, root, mesh)
+    prepare(root)
     fully_shard(root, mesh=mesh, reshard_after_forward=False, **options)  # its backward pass begins at once
 
 
@@ -99,7 +109,8 @@ def _materialized(module: nn.Module, device: torch.device) -> Iterator[nn.Module
 
     for part in module.modules():
         found = False
-        for tensors in (part._parameters, part._buffers):
+        places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in places:
             for key, tensor in tensors.items():
                 if tensor is not None and (tensor.is_meta or id(tensor) in made):
                     tensors[key], found = with_memory(tensor), True
@@ -109,7 +120,7 @@ def _materialized(module: nn.Module, device: torch.device) -> Iterator[nn.Module
 
 def _alike_(module: nn.Module, root: nn.Module, mesh: DeviceMesh) -> None:
     """First weights where there are none, and those of the first rank on all."""
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    device = torch.device(mesh.device_type)  # of a GPU the current one
     if any(p.is_meta for p in module.parameters()):
         initialize_(module, root, device)
     if mesh.size() > 1:
