@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_slm.distillation.teacher import token_ids
 
 
 def network_of(pl_module: nn.Module) -> nn.Module:
@@ -25,6 +27,16 @@ def validation_loader(trainer: Any, pl_module: Any) -> Any:
     if isinstance(loaders, list | tuple):
         return loaders[0] if loaders else None
     return loaders
+
+
+def tokens_in(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Token ids (B, T): ``input_ids``, else the first integers of that shape; and their ``attention_mask``, if any."""
+    if isinstance(batch, Mapping):
+        ids = token_ids([batch.get("input_ids"), *batch.values()])
+        mask = batch.get("attention_mask")
+    else:
+        ids, mask = token_ids(batch if isinstance(batch, list | tuple) else [batch]), None
+    return ids, mask if ids is not None and isinstance(mask, Tensor) and mask.shape == ids.shape else None
 
 
 def _is_users(method: Any) -> bool:

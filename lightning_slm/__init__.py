@@ -16,6 +16,7 @@ _EXPORTS = {
         "GradualPruning",
         "KnowledgeDistillation",
         "QuantizationAwareTraining",
+        "ThroughputMonitor",
     ),
     "lightning_slm.data": ("TextData",),
     "lightning_slm.errors": ("NoEffectWarning",),

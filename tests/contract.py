@@ -31,6 +31,7 @@ from lightning_slm.callbacks import (
     GradualPruning,
     KnowledgeDistillation,
     QuantizationAwareTraining,
+    ThroughputMonitor,
 )
 from lightning_slm.measure import measured
 from lightning_slm.models import SLMConfig, SLMForCausalLM
@@ -108,9 +109,15 @@ EVERY_CALLBACK = {
         yaml={"scheme": "int4_weight", "group": 16, "embedding": None},
         rounds=True,
     ),
+    "ThroughputMonitor": Case(
+        lambda kind, **kw: ThroughputMonitor(**{"window": 4, "warmup": 1, **kw}),
+        pair=({}, {"window": 2}),
+        yaml={"window": 8, "warmup": 2, "peak_tflops": None},
+    ),
 }
 
 
+TIMED = ("slm/tokens_per_second", "slm/tflops_per_second", "slm/mfu")
 STRATEGIES = ("ddp", "slm_fsdp2", "slm_zero1")
 ON_TWO_RANKS = [(kind, name) for kind in MODULES for name in [*EVERY_CALLBACK, "all"]]
 
@@ -139,6 +146,9 @@ def comparable(end: dict[str, Any]) -> dict[str, Any]:
     for key, state in end["callbacks"].items():
         for timed in ("first_token_seconds", "tokens_per_second") if key.startswith("CompressionReport") else ():
             state["before"]["values"].pop(timed, None)
+    for logged in end.get("notes", {}).values():
+        for key in [key for key in logged if key.startswith(TIMED)]:
+            del logged[key]
     return learned(end)
 
 

@@ -68,3 +68,11 @@ class Mixer(nn.Module):
         For whoever needs the parts: converters to other formats, optimizers that treat whole matrices.
         """
         return {}
+
+    def flops_per_token(self, context: int) -> int | None:
+        """Floating-point operations of the forward pass of one token that attends to ``context`` tokens, all told.
+
+        None: counted from what it holds, see `lightning_slm.measure.flops_per_token`, which knows weight matrices,
+        attention and the usual recurrences. A mixer that costs anything else says so here.
+        """
+        return None

@@ -60,6 +60,9 @@ class Float8Linear(TorchaoFloat8Linear):
 
     def forward(self, x_NI: Tensor, smooth: bool = False) -> Tensor:  # type: ignore[override]
         """Args: smooth: level the channels of the inputs against those of the weight before rounding."""
+        if torch.is_inference_mode_enabled():  # torchao's tensors know no_grad only
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(x_NI, smooth)
         device = x_NI.device.type
         if torch.is_autocast_enabled(device):  # torchao knows the GPU's autocast only
             x_NI = x_NI.to(torch.get_autocast_dtype(device))

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import random
 import subprocess
 import sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch.callbacks
 import pytest
 import pytorch_lightning
 import torch
@@ -218,9 +220,11 @@ def test_all_work_in_a_trainer_of_pytorch_lightning_as_in_one_of_lightning(tmp_p
     assert differences(*weights) == []
 
 
-def test_in_every_order_of_the_list_the_same_comes_out(tmp_path):
+def test_in_any_order_of_the_list_the_same_comes_out(tmp_path):
+    """Forty of the orders: each of two comes before the other in about half of them."""
+    orders = list(itertools.permutations(range(len(EVERY_CALLBACK))))
     ends = {}
-    for order in itertools.permutations(range(len(EVERY_CALLBACK))):
+    for order in random.Random(0).sample(orders, k=min(40, len(orders))):
         callbacks = all_together("foreign")
         module, _, run = fit("foreign", [callbacks[i] for i in order], tmp_path)
         ends[order] = comparable(checkpoint(run))
@@ -277,8 +281,9 @@ def parse(*args):
 def test_yaml_in_yaml_out_is_the_same_callback(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["lightning"])
     wanted = EVERY_CALLBACK[name].yaml
+    path = f"lightning_slm.{name}" if hasattr(lightning.pytorch.callbacks, name) else name  # two may share a short name
     (tmp_path / "short.yaml").write_text(
-        yaml.safe_dump({"trainer": {"callbacks": [{"class_path": name, "init_args": wanted}]}})
+        yaml.safe_dump({"trainer": {"callbacks": [{"class_path": path, "init_args": wanted}]}})
     )
     first = parse(f"--config={tmp_path / 'short.yaml'}")
     (tmp_path / "dumped.yaml").write_text(first.parser.dump(first.config, skip_none=False))

@@ -232,6 +232,17 @@ def test_without_the_hardware_the_way_out_is_named():
         float8_(tiny_slm())
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_inference_mode_it_computes_what_it_computes_without_gradients(recipe):
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    float8_(model, recipe, emulate=True)
+    x = torch.randn(16, 32)
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x.clone()), expected)
+
+
 @pytest.mark.parametrize(
     ("recipe", "capability", "fits"),
     [
