@@ -7,6 +7,7 @@ go through Newton-Schulz together.
 
 # Shape letters: K = matrices of one shape, M, N = rows and columns of a matrix, M <= N.
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from lightning_slm.errors import NoEffectWarning
 from lightning_slm.nn.hardware import fast_dtype
 from lightning_slm.nn.sharded import as_shard_of, local, part_for, whole
+from lightning_slm.nn.stochastic_rounding import stochastic_round_
 from lightning_slm.nn.targets import Patterns, matches
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at zero, and close enough to one elsewhere
@@ -43,6 +46,9 @@ class MuonAdamW(Optimizer):
         momentum: of Muon, in Nesterov's form.
         ns_steps: Newton-Schulz iterations; in bf16 where the device has it, else in float32.
         not_muon: fnmatch patterns of names of matrices that go to AdamW; only names can match.
+        stochastic_rounding: compute the update of bfloat16 parameters in float32, moments included, and round it so
+            that small ones arrive on average. The random bits depend on the step alone: replicas stay equal, and a
+            resumed run draws the same ones.
 
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
     >>> optimizer = MuonAdamW(model.named_parameters(), not_muon="0.*")
@@ -61,6 +67,7 @@ class MuonAdamW(Optimizer):
         momentum: float = 0.95,
         ns_steps: int = 5,
         not_muon: Patterns = ("*embed*", "*wte*", "*wpe*", "*head*"),
+        stochastic_rounding: bool = False,
     ) -> None:
         for name, value in dict(lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, eps=eps).items():
             if value < 0:
@@ -69,6 +76,7 @@ class MuonAdamW(Optimizer):
             if not 0 <= value < 1:
                 raise ValueError(f"MuonAdamW: {name}={value} must be at least 0 and below 1.")
         self._muon_lr, self._not_muon = muon_lr, not_muon
+        self._stochastic_rounding = stochastic_rounding
         defaults = dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, ns_steps=ns_steps)
         super().__init__(params, defaults)
 
@@ -99,40 +107,77 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             if params := [p for p in group["params"] if p.grad is not None]:
-                (self._muon if group["use_muon"] else self._adamw)(params, group)
+                weights = [local(p).float() if self._rounds(p) else local(p) for p in params]
+                (self._muon if group["use_muon"] else self._adamw)(params, weights, group)
+                self._round_back(params, weights, group, index)
+        if self._stochastic_rounding and not any("rounded" in group for group in self.param_groups):
+            self._stochastic_rounding = False
+            warnings.warn(
+                "stochastic_rounding is for bfloat16 parameters, and this model has none: train it with "
+                'precision="bf16-true".',
+                NoEffectWarning,
+                stacklevel=2,
+            )
         return loss
 
-    def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = _locals([self.state[p]["momentum_buffer"] for p in params])
-        grads, locals_ = _locals([p.grad for p in params]), _locals(params)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would round moments in float32 to the dtype of their parameters."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+
+    def _rounds(self, param: Tensor) -> bool:
+        return self._stochastic_rounding and param.dtype == torch.bfloat16
+
+    def _round_back(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any], index: int) -> None:
+        """Into the parameters, where ``weights`` are copies."""
+        if not any(map(self._rounds, params)):
+            return
+        group["rounded"] = group.get("rounded", 0) + 1
+        seed = group["rounded"] * len(self.param_groups) + index
+        generators = {w.device: torch.Generator(w.device).manual_seed(seed) for w in weights}
+        for param, weight in zip(params, weights):
+            if self._rounds(param):
+                stochastic_round_(local(param), weight, generators[weight.device])
+
+    def _moments(self, name: str, params: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """One of each parameter, zeros at first, in the dtype that the update is computed in; this rank's parts."""
+        for p, weight in zip(params, weights):
+            held = self.state[p].get(name)
+            if held is None or held.dtype != weight.dtype:
+                made = torch.zeros_like(p, dtype=weight.dtype) if held is None else held.to(weight.dtype)
+                self.state[p][name] = made
+        return [local(self.state[p][name]) for p in params]
+
+    def _muon(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any]) -> None:
+        momenta = self._moments("momentum_buffer", params, weights)
+        grads = _grads(params, weights)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
         # All else is per element, and so done on local shards; Newton-Schulz needs whole matrices.
         updates = orthogonalize([whole(as_shard_of(u, p)) for u, p in zip(nesterov, params)], group["ns_steps"])
-        torch._foreach_mul_(locals_, 1 - group["lr"] * group["weight_decay"])
-        for param, update in zip(params, updates):
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        for param, weight, update in zip(params, weights, updates):
             rows, columns = param.shape
             scale = max(1.0, rows / columns) ** 0.5
-            local(param).add_(part_for(update, param), alpha=-group["lr"] * scale)
+            weight.add_(part_for(update, param), alpha=-group["lr"] * scale)
 
-    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _adamw(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
-            if not self.state[p]:
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p].update(step=torch.zeros((), dtype=torch.float32), **zeros)
-        states = [self.state[p] for p in params]
+            self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
         adamw(
-            _locals(params),
-            _locals([p.grad for p in params]),
-            _locals([s["exp_avg"] for s in states]),
-            _locals([s["exp_avg_sq"] for s in states]),
+            weights,
+            _grads(params, weights),
+            self._moments("exp_avg", params, weights),
+            self._moments("exp_avg_sq", params, weights),
             [],
-            [s["step"] for s in states],
+            [self.state[p]["step"] for p in params],
             fused=all(p.device.type == "cpu" for p in params) or None,  # one pass over memory; elsewhere torch chooses
             amsgrad=False,
             maximize=False,
@@ -184,5 +229,6 @@ def _wide_as(wide_MN: Tensor, matrix: Tensor) -> Tensor:
     return wide_MN.T if matrix.shape[0] > matrix.shape[1] else wide_MN
 
 
-def _locals(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [local(t) for t in tensors if t is not None]
+def _grads(params: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's parts, in the dtype that the update is computed in."""
+    return [local(p.grad).to(weight.dtype) for p, weight in zip(params, weights) if p.grad is not None]

@@ -46,6 +46,16 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
+def flattens_weights(strategy: Any) -> str | None:
+    """The name of a strategy that keeps weights in flat buffers of its own (DeepSpeed, FSDP1); None of any other.
+
+    By name, since either of Lightning's two packages may be the one that runs.
+    """
+    return next(
+        (k.__name__ for k in type(strategy).__mro__ if k.__name__ in ("DeepSpeedStrategy", "FSDPStrategy")), None
+    )
+
+
 def gathered(state: Any, keep: bool) -> Any:
     """A nest of dicts and lists with every tensor whole and on the CPU; all ranks must call this.
 

@@ -7,8 +7,10 @@ import textwrap
 
 import pytest
 import torch
+from support import ForeignLlama, differences, kill_and_resume, learned
 from torch import nn
 
+from lightning_slm.errors import NoEffectWarning
 from lightning_slm.modules import muon_adamw
 from lightning_slm.modules.muon_adamw import MuonAdamW, orthogonalize
 from lightning_slm.modules.parameter_groups import parameter_groups
@@ -212,3 +214,109 @@ def test_on_shards_of_two_ranks_it_does_the_same_as_on_whole_matrices(tmp_path):
     finally:
         for process in ranks:
             process.kill()
+
+
+# Stochastic rounding of bfloat16 weights.
+
+
+def run(net, steps=60, batch=None, **kwargs):
+    optimizer = MuonAdamW(parameter_groups(net), weight_decay=0.0, **kwargs)
+    for step in range(steps):
+        loss = backward(net, step if batch is None else batch)
+        optimizer.step()
+    return loss.item()
+
+
+def twins(n=2):
+    """Of one net, whose weights bfloat16 can hold, the first in float32 and the others in bfloat16."""
+    first = Net().bfloat16().float()
+    return [first, *(copy.deepcopy(first).bfloat16() for _ in range(n - 1))]
+
+
+def test_after_one_step_each_weight_is_a_neighbour_of_what_float32_gives():
+    exact, rounded = twins()
+    for net in (exact, rounded):
+        torch.manual_seed(0)
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape).bfloat16().to(p.dtype)
+    MuonAdamW(parameter_groups(exact)).step()
+    MuonAdamW(parameter_groups(rounded), stochastic_rounding=True).step()
+    moved = 0
+    for a, b in zip(exact.parameters(), rounded.parameters()):
+        away = 2.0 ** (torch.frexp(a).exponent - 8)  # one step of bfloat16
+        assert ((b.float() - a).abs() <= away).all()
+        moved += (b.float() != a.bfloat16().float()).sum()
+    assert moved > 50, "some were not rounded to the nearest"
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (4096,)], ids=["muon", "adamw"])
+def test_updates_too_small_for_the_nearest_arrive_on_average(shape):
+    def after(dtype, **kwargs):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.ones(shape, dtype=dtype))
+        optimizer = MuonAdamW([weight], lr=1e-5, muon_lr=1e-3, weight_decay=0.0, **kwargs)
+        for _ in range(40):
+            weight.grad = torch.randn(shape).bfloat16().to(dtype) + 1
+            optimizer.step()
+        return weight.detach().float() - 1
+
+    exact, stochastic = after(torch.float32), after(torch.bfloat16, stochastic_rounding=True)
+    assert (after(torch.bfloat16) == 0).all()
+    step = 2**-8  # of bfloat16 below one; each element's path is a walk of a few such steps
+    error = step * (exact.abs().mean() / step / exact.numel()).sqrt()
+    assert (stochastic.mean() - exact.mean()).abs() < 4 * error
+    assert exact.mean().abs() > 10 * error
+
+
+def test_a_run_in_bfloat16_learns_like_one_in_float32_and_more_than_rounded_to_the_nearest():
+    exact, nearest, stochastic = twins(3)
+    rates = {"lr": 2e-4, "muon_lr": 2e-4, "steps": 200, "batch": 0}
+    losses = run(exact, **rates), run(nearest, **rates), run(stochastic, **rates, stochastic_rounding=True)
+    first = backward(twins()[0], 0).item()
+    assert losses[1] > losses[2] + 0.2 * (first - losses[0])
+    assert losses[2] == pytest.approx(losses[0], abs=0.2 * (first - losses[0]))
+
+
+def test_replicas_round_alike_whatever_their_generators_did_and_leave_those_alone():
+    _, one, other = twins(3)
+    torch.manual_seed(1)
+    run(one, 5, stochastic_rounding=True)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    run(other, 5, stochastic_rounding=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+def test_moments_of_bfloat16_weights_are_in_float32_also_from_a_checkpoint_of_the_nearest():
+    _, net = twins()
+    nearest = MuonAdamW(parameter_groups(net))
+    backward(net, 0)
+    nearest.step()
+    assert {v.dtype for s in nearest.state.values() for k, v in s.items() if k != "step"} == {torch.bfloat16}
+    optimizer = MuonAdamW(parameter_groups(net), stochastic_rounding=True)
+    optimizer.load_state_dict(nearest.state_dict())
+    optimizer.step()
+    assert {v.dtype for s in optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+class InBfloat16(ForeignLlama):
+    def configure_optimizers(self):
+        return MuonAdamW(parameter_groups(self), muon_lr=1e-3, lr=1e-3, stochastic_rounding=True)
+
+
+def test_a_killed_run_in_bfloat16_goes_on_bit_identically(tmp_path):
+    straight, resumed = kill_and_resume(InBfloat16, list, tmp_path, precision="bf16-true")
+    assert differences(learned(straight), learned(resumed)) == []
+    state = straight["optimizer_states"][0]
+    assert [group["rounded"] for group in state["param_groups"]] == [8, 8]
+    assert state["state"][0]["momentum_buffer"].dtype == torch.float32
+
+
+def test_without_bfloat16_weights_it_says_that_it_has_no_effect():
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    with pytest.warns(NoEffectWarning, match="bfloat16 parameters, and this model has none"):
+        run(net, 3, stochastic_rounding=True)
+    run(twin, 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))
