@@ -1,8 +1,10 @@
-"""What several callbacks need: to wrap a module's method and take the wrap off again."""
+"""What several callbacks need: to wrap a module's method and take the wrap off again, and early refusals."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+from lightning_slm.nn.sharded import flattens_weights
 
 Undo = Callable[[], None]
 
@@ -37,6 +39,17 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
     wrapper.active, wrapper.restore = True, restore  # type: ignore[attr-defined]
     setattr(owner, name, wrapper)
     return undo
+
+
+def refuse_flat_weights(callback: Any, trainer: Any) -> None:
+    """Raises: ValueError: the strategy keeps the weights in flat buffers, where a callback neither finds nor changes
+    them.
+    """
+    if found := flattens_weights(trainer.strategy):
+        raise ValueError(
+            f"{type(callback).__name__} needs the weights as matrices, and {found} keeps them in flat buffers: use "
+            'strategy="slm_fsdp2", which shards the same states (zero_stage=2 or 3), "slm_zero1", or "ddp".'
+        )
 
 
 def when_layers_exist(pl_module: Any, work: Callable[[], None]) -> Undo:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_slm.callbacks._find import network_of, validation_loader
+from lightning_slm.callbacks._hooks import refuse_flat_weights
 from lightning_slm.measure import Measured, Method, Report, measure_model
 from lightning_slm.nn.sharded import is_sharded, plain_copy
 from lightning_slm.quantization import enable_fake_quant_, fake_quant_layers
@@ -68,6 +69,7 @@ class CompressionReport(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier run; a resumed one gets its figures back after this."""
         if stage == "fit":
+            refuse_flat_weights(self, trainer)
             self._before = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

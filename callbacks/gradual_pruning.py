@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_slm.callbacks._hooks import Undo, when_layers_exist
+from lightning_slm.callbacks._hooks import Undo, refuse_flat_weights, when_layers_exist
 from lightning_slm.errors import NoEffectWarning
 from lightning_slm.nn.sharded import whole
 from lightning_slm.nn.targets import Patterns, Target, weight_targets
@@ -81,6 +81,7 @@ class GradualPruning(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot be pruned before anything else happens."""
         if stage == "fit":
+            refuse_flat_weights(self, trainer)
             self._begin_anew()
             self._undo.append(when_layers_exist(pl_module, lambda: self._choose(pl_module)))
 

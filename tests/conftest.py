@@ -1,5 +1,6 @@
 """What every test stands on: two quiet threads, no network, and the shared data sets where they are."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
-from support import RENDEZVOUS
+from support import RENDEZVOUS, run_on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,19 @@ def _no_process_group_left():
         torch.distributed.destroy_process_group()
         for name in RENDEZVOUS:
             os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """The callback contract on two processes, by strategy: one job each for all the tests that ask for it."""
+
+    @functools.cache
+    def results(strategy: str):
+        folder = tmp_path_factory.mktemp(strategy)
+        run_on_ranks(Path(__file__).with_name("contract.py"), folder, strategy, timeout=290)
+        return torch.load(folder / "results.0.pt")
+
+    return results
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -148,8 +148,14 @@ class DropoutOfTheStep(Callback):
         torch.manual_seed(1000 + batch_idx + trainer.global_rank)
 
 
-def trainer(folder: Path, callbacks: Any = (), steps: int = 8, **kwargs: Any) -> Trainer:
-    """A quiet Trainer on the CPU, for a run of ``steps`` optimizer steps."""
+def trainer(folder: Path, callbacks: Any = (), steps: int = 8, plugin: Any = None, **kwargs: Any) -> Trainer:
+    """A quiet Trainer on the CPU, for a run of ``steps`` optimizer steps.
+
+    Args:
+        plugin: makes a precision plugin; each Trainer wants one of its own.
+    """
+    if plugin is not None:
+        kwargs["plugins"] = [plugin()]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     settings = {
         "accelerator": "cpu",

@@ -41,6 +41,8 @@ def namespace(tmp_path, monkeypatch):
         "module": module,
         "model": module.model,
         "teacher": SLMForCausalLM(tiny_config()),
+        "student": SLMForCausalLM(tiny_config()),
+        "bitnet": CausalLM(model=SLMForCausalLM(tiny_config())),
         "batches": batches,
     }
 

@@ -1,6 +1,7 @@
 """Packaged recipes: found by name, listed, shown, copied; and each parses, alone and under its overlays."""
 
 import pytest
+import torch
 import yaml
 
 from lightning_slm._cli import UserError, packaged
@@ -11,7 +12,7 @@ OVERLAYS = [name for name, path in packaged.recipes().items() if packaged.is_ove
 
 
 PLUGINS = [name for name in OVERLAYS if "plugins+:" in packaged.recipes()[name].read_text()]
-CALLBACKS = [name for name in OVERLAYS if name not in PLUGINS]
+CALLBACKS = [name for name in OVERLAYS if "callbacks+:" in packaged.recipes()[name].read_text()]
 
 
 def test_there_is_a_recipe_for_every_preset_and_none_for_anything_else():
@@ -116,6 +117,19 @@ def test_each_overlay_of_a_callback_adds_one_and_changes_nothing_else(built):
         overlaid = built("slm_5m", overlay)
         assert len(ours(overlaid)) == 1, overlay
         assert _without_callbacks(overlaid) == before, overlay
+
+
+def test_an_overlay_exchanges_the_optimizer(built):
+    cli = built("slm_5m", "optim_8bit")
+    assert type(cli.model._make_optimizer([torch.nn.Parameter(torch.ones(4))])).__name__ == "AdamW8bit"
+    assert set(OVERLAYS) == {*PLUGINS, *CALLBACKS, "optim_8bit", "fsdp2", "zero1"}
+
+
+@pytest.mark.parametrize(("overlay", "kind"), [("fsdp2", "FSDP2Strategy"), ("zero1", "ZeRO1Strategy")])
+def test_an_overlay_shards_beside_all_callbacks_and_a_precision(overlay, kind, built):
+    cli = built("slm_5m", *CALLBACKS, "int8", overlay)
+    assert type(cli.trainer.strategy).__name__ == kind
+    assert precision(cli) == "Int8Precision"
 
 
 def _without_callbacks(cli):

@@ -10,7 +10,7 @@ from lightning_slm._cli import UserError
 from lightning_slm.errors import near
 
 FOLDER = Path(str(files("lightning_slm.recipes")))
-_OVERLAY = re.compile(r"^ *(callbacks|plugins)\+:", re.MULTILINE)
+_NAMES_A_MODEL = re.compile(r"^ +model: \S", re.MULTILINE)
 
 
 def recipes() -> dict[str, Path]:
@@ -19,8 +19,8 @@ def recipes() -> dict[str, Path]:
 
 
 def is_overlay(path: Path) -> bool:
-    """An overlay appends a callback or a plugin to whatever stands before it; a recipe is a run of its own."""
-    return _OVERLAY.search(path.read_text()) is not None
+    """A recipe names a model and is a run of its own; an overlay changes something of whatever stands before it."""
+    return _NAMES_A_MODEL.search(path.read_text()) is None
 
 
 def find(name: str) -> Path:

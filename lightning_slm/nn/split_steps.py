@@ -1,5 +1,6 @@
 """Optimizer states shared out over ranks: ZeRO stage 1 (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,7 @@ class SplitSteps:
     def _with_mine_only(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A parameter without a gradient is left alone, and gets no state, by every optimizer of torch's kind."""
 
+        @functools.wraps(step)  # with the mark of a learning-rate schedule that looks for it
         def step_of_mine(closure: Callable[[], Any] | None = None) -> Any:
             loss = None
             if closure is not None:

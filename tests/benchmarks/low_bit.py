@@ -101,7 +101,7 @@ def table(folder: Path) -> str:
     rows.append("|---|" + "--:|" * len(columns))
     for precision in PRECISIONS:
         values = [found[column][precision] for column in columns]
-        cells = [f"{statistics.mean(v):.3f} ({max(v) - min(v):.3f})" if v else "–" for v in values]
+        cells = [f"{statistics.mean(v):.3f} ({max(v) - min(v):.3f})" if v else "" for v in values]
         rows.append(f"| {precision} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -1,4 +1,4 @@
-"""What rounding costs a trained model, before and after training with it: a table of the card of QuantizationAwareTraining.
+"""What rounding costs a trained model, before and after training with it: a table of QuantizationAwareTraining's card.
 
     python tests/benchmarks/rounding.py [steps]
 

@@ -1,15 +1,15 @@
 """The callback contract (DESIGN.md), over the registry: every callback, on modules that are not made for it."""
 
-import functools
 import itertools
 import random
 import subprocess
 import sys
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch.callbacks
+import lightning.pytorch.strategies
 import pytest
 import pytorch_lightning
 import torch
@@ -40,7 +40,6 @@ from support import (
     checkpoint,
     differences,
     kill_and_resume,
-    run_on_ranks,
     trainer,
 )
 
@@ -48,7 +47,6 @@ import lightning_slm
 from lightning_slm import callbacks as registry
 from lightning_slm.nn.targets import weight_targets
 
-HERE = Path(__file__).resolve()
 both = pytest.mark.parametrize("kind", MODULES)
 every = pytest.mark.parametrize("name", EVERY_CALLBACK)
 
@@ -180,6 +178,15 @@ def test_what_a_run_broken_off_leaves_behind_does_not_disturb_the_next_one(tmp_p
     assert differences(*ends) == []
 
 
+@pytest.mark.parametrize("kind", ["DeepSpeedStrategy", "FSDPStrategy"])
+@pytest.mark.parametrize("name", ["GradualPruning", "CompressionReport"])
+def test_who_needs_matrices_refuses_strategies_that_flatten_them_before_anything_happens(name, kind):
+    """DeepSpeed and FSDP1 want a GPU: this is all that can be tried of them here."""
+    strategy = object.__new__(getattr(lightning.pytorch.strategies, kind))
+    with pytest.raises(ValueError, match=rf'{name} needs the weights as matrices, and {kind}.*strategy="slm_fsdp2"'):
+        EVERY_CALLBACK[name].make("foreign").setup(SimpleNamespace(strategy=strategy), ForeignLlama(), "fit")
+
+
 @every
 def test_two_instances_keep_two_states(tmp_path, monkeypatch, name):
     case = EVERY_CALLBACK[name]
@@ -308,19 +315,6 @@ def test_dotted_paths_need_no_import(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(EVERY_CALLBACK) <= set(done.stdout.split())
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """One job of two processes for each strategy and all the tests below."""
-
-    @functools.cache
-    def results(strategy):
-        folder = tmp_path_factory.mktemp(strategy)
-        run_on_ranks(HERE.parents[1] / "contract.py", folder, strategy, timeout=280)
-        return torch.load(folder / "results.0.pt")
-
-    return results
 
 
 @pytest.mark.slow

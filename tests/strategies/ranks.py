@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract import flat, teacher_of
+from contract import (
+    EVERY_CALLBACK,
+    EVERY_PRECISION,
+    combinable,
+    comparable,
+    flat,
+    teacher_of,
+    without_fresh_processes,
+)
 from lightning.pytorch import Callback
-from support import ForeignLlama, Notes, batches, differences, trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from support import ForeignLlama, Notes, batches, differences, kill_and_resume, learned, trainer
+from torch.distributed.fsdp import fully_shard
 
 from lightning_slm.callbacks import GradualPruning, KnowledgeDistillation
 from lightning_slm.models import SLMConfig, SLMForCausalLM
-from lightning_slm.modules import CausalLM
+from lightning_slm.modules import CausalLM, MuonAdamW
 from lightning_slm.nn.sharded import local
 from lightning_slm.strategies import FSDP2Strategy, ZeRO1Strategy
 
@@ -45,11 +55,11 @@ def sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.03, momentum=0.9)
 
 
-def make(pattern: str = "attn/mlp*2", repeat: int = 1, **kwargs: Any) -> CausalLM:
+def make(pattern: str = "attn/mlp*2", repeat: int = 1, optimizer: Any = None, **sizes: Any) -> CausalLM:
     """A CausalLM that is the same in every process."""
     torch.manual_seed(0)
-    config = SLMConfig(vocab_size=VOCABULARY, **SIZES, pattern=pattern, repeat=repeat)
-    return CausalLM(SLMForCausalLM(config), **{"optimizer": sgd, "lr_scheduler": None, **kwargs})
+    config = SLMConfig(vocab_size=VOCABULARY, **{**SIZES, **sizes}, pattern=pattern, repeat=repeat)
+    return CausalLM(SLMForCausalLM(config), optimizer=optimizer or sgd, lr_scheduler=None)
 
 
 def rank() -> int:
@@ -253,6 +263,61 @@ def after_the_kill(folder: Path, processes: int) -> Any:
         end = torch.load(folder / "end.ckpt", weights_only=True)
         ends.append({key: end[key] for key in ("state_dict", "optimizer_states", "loops")})
     return differences(*ends)
+
+
+def optimizers(folder: Path, processes: int) -> Any:
+    """Low-bit states, stochastic rounding: where a killed and resumed run differs, and the dtypes of the states."""
+    from lightning_slm.modules.low_bit_optimizers import AdamW4bit, AdamW8bit, AdamWFp8
+
+    bf16 = {"precision": "bf16-true"}
+    rounding = {"MuonAdamW": partial(MuonAdamW, stochastic_rounding=True)}
+    kinds = {"AdamW8bit": AdamW8bit, "AdamW4bit": AdamW4bit, "AdamWFp8": AdamWFp8, **rounding}
+    found = {}
+    for strategy in ("ddp", "slm_fsdp2", "slm_zero1"):
+        for name, kind in kinds.items():
+
+            def module(kind: Any = kind) -> Any:
+                return make(optimizer=partial(kind, lr=1e-2), hidden_size=128, intermediate_size=128)
+
+            pair = {"strategy": strategy, "devices": processes, "use_distributed_sampler": False}
+            more = bf16 if name == "MuonAdamW" else {}
+            loader = partial(data, processes, n=64)
+            ends = kill_and_resume(module, list, folder / f"{strategy} {name}", loader, **pair, **more)
+            states = ends[0]["optimizer_states"][0]["state"]
+            kept = {t.dtype for s in states.values() for t in _tensors(s)}
+            found[strategy, name] = {"differences": differences(*map(learned, ends)), "dtypes": sorted(map(str, kept))}
+    return found
+
+
+class ShardedLlama(ForeignLlama):
+    """FSDP2 as Lightning's own strategy wants it: written out by the user."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self.net, "set_requires_gradient_sync"):
+            for part in (*self.net.model.layers, self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def lightnings_own(folder: Path, processes: int) -> Any:
+    """Every callback, and then BitNet with all it goes with, under Lightning's ModelParallelStrategy."""
+    without_fresh_processes()
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    StrategyRegistry.register("halves", ModelParallelStrategy, **sizes)
+    pair = {"strategy": "halves", "devices": processes, "use_distributed_sampler": False}
+    makers = {name: (partial(lambda case: [case.make("foreign")], case), None) for name, case in EVERY_CALLBACK.items()}
+    for name in ("BitNetPrecision", "Float8Precision", "Int8Precision", "Int4Precision"):
+        makers[name] = (partial(combinable, "foreign", name), EVERY_PRECISION[name])
+    found = {}
+    for name, (callbacks, plugin) in makers.items():
+        ends = kill_and_resume(ShardedLlama, callbacks, folder / name, plugin=plugin, **pair)
+        found[name] = {"differences": differences(*map(comparable, ends)), "state_dict": ends[0]["state_dict"]}
+    return found
+
+
+def _tensors(nest: Any) -> Any:
+    if isinstance(nest, dict):
+        return [t for value in nest.values() for t in _tensors(value)]
+    return [nest] if isinstance(nest, torch.Tensor) else []
 
 
 def hybrid(folder: Path, processes: int) -> Any:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import flat
+from contract import EVERY_CALLBACK, flat
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import StrategyRegistry
 from ranks import OPTIONS, PATTERNS, STEPS, data, make, resume, run_of
-from support import Notes, differences, run_on_ranks
+from support import ForeignLlama, Notes, differences, run_on_ranks
 from torch import nn
 
 import lightning_slm  # noqa: F401 (registers the strategies' names)
 from lightning_slm.models import SLMForCausalLM
 from lightning_slm.nn.blocks import repeated_blocks
+from lightning_slm.nn.targets import weight_targets
 from lightning_slm.strategies import FSDP2Strategy, ZeRO1Strategy
 
 pytestmark = pytest.mark.xdist_group("sharding on several ranks")  # they share jobs
@@ -177,6 +178,29 @@ def test_when_a_process_is_killed_the_other_says_so_and_the_run_goes_on_bit_iden
     assert "Rank 0 of 2 lost another process" in found["notes"][0]
     assert "ckpt_path=" in found["notes"][0]
     assert job("after_the_kill", folder=tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["AdamW8bit", "AdamW4bit", "AdamWFp8", "MuonAdamW"])
+@pytest.mark.parametrize("strategy", ["ddp", "slm_fsdp2", "slm_zero1"])
+def test_low_bit_states_and_stochastic_rounding_resume_bit_identically_on_two_processes(job, strategy, optimizer):
+    found = job("optimizers")[strategy, optimizer]
+    assert found["differences"] == []
+    assert optimizer == "MuonAdamW" or {"torch.uint8", "torch.int8"} & set(found["dtypes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [*EVERY_CALLBACK, "BitNetPrecision", "Float8Precision", "Int8Precision", "Int4Precision"]
+)
+def test_a_module_that_shards_itself_for_lightnings_own_strategy_resumes_bit_identically(job, name):
+    found = job("lightnings_own")[name]
+    assert found["differences"] == []
+    assert list(found["state_dict"]) == list(ForeignLlama().state_dict())
+    if name != "GradualPruning":
+        return
+    weights = [found["state_dict"][t.name] for t in weight_targets(ForeignLlama())]
+    assert all(((weight.reshape(-1, 4) == 0).sum(1) == 2).all() for weight in weights)
 
 
 @pytest.mark.slow
