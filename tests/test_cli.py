@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 import yaml
+from support import RENDEZVOUS
 
 from lightning_slm.cli import COMMANDS, main
 from lightning_slm.measure import file_bytes, sparsity
@@ -335,3 +338,19 @@ def test_measure_prints_a_table_and_says_what_it_could_not_measure(capsys):
     printed = capsys.readouterr().out
     assert "5,065,472" in printed
     assert "there is no tokenizer" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_shards_from_the_command_line_and_go_on_as_one(place, tmp_path, capsys):
+    """The run folder is one process's: what reads it knows nothing of shards, nor of the precision of the run."""
+    command = [str(Path(sys.executable).with_name("lightning-slm")), "fit", "--config", str(place / "tiny.yaml")]
+    command += ["--config", "fsdp2", "--config", "int8", "--trainer.devices", "2"]
+    command += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    environment = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+    assert fit(place, tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "8") == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported/model.safetensors").is_file()

@@ -35,10 +35,11 @@ def shard_(
         prepare: called with each part when it has its weights, before it is sharded.
         options: of ``torch.distributed.fsdp.fully_shard``.
     """
+    again = zero_stage == 3 and mesh.size(-1) > 1  # in one process a second gathering is only a second copy
     for block in sorted(blocks, key=lambda block: sum(1 for _ in block.modules())):  # inner ones first
         _alike_(block, root, mesh)
         prepare(block)
-        fully_shard(block, mesh=mesh, reshard_after_forward=zero_stage == 3, **options)
+        fully_shard(block, mesh=mesh, reshard_after_forward=again, **options)
     _alike_(root, root, mesh)
     prepare(root)
     fully_shard(root, mesh=mesh, reshard_after_forward=False, **options)  # its backward pass begins at once
