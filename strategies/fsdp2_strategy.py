@@ -111,7 +111,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        self._check(self.model)
+        if is_sharded(self.model) and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                f"{type(self.model).__name__} shards itself in configure_model, and slm_fsdp2 would shard it again: take "
+                "fully_shard out there, or use Lightning's ModelParallelStrategy."
+            )
         self.model = self.precision_plugin.convert_module(self.model)
         if not isinstance(self.model, FSDPModule):
             self._shard(self.model)
@@ -156,15 +160,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _offloads(self) -> bool:
         return self.cpu_offload and self.root_device.type != "cpu"  # where it lies already
-
-    def _check(self, model: nn.Module) -> None:
-        if is_sharded(model) and not isinstance(model, FSDPModule):
-            raise ValueError(
-                f"{type(model).__name__} shards itself in configure_model, and slm_fsdp2 would shard it again: take "
-                "fully_shard out there, or use Lightning's ModelParallelStrategy."
-            )
-        if reason := getattr(self.precision_plugin, "not_shardable", None):
-            raise ValueError(f"{type(self.precision_plugin).__name__} cannot be sharded: {reason}")
 
     # Steps: through the module's own call, which gathers what belongs to no block.
 

@@ -25,8 +25,8 @@ class NextTokenLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        with evaluating(model):
-            self.in_parts = isinstance(model, PreTrainedModel) and is_backbone_and_head(model, _few_ids(model))
+        # A model on the meta device is looked at when it is first called: it has weights then.
+        self.in_parts = None if any(p.is_meta for p in model.parameters()) else self._is_in_parts()
         self.longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         signature = inspect.signature(model.forward).parameters
         self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in signature.values())
@@ -42,6 +42,8 @@ class NextTokenLoss:
         """
         ids_BT, options = batch["input_ids"], self._options(batch)
         self.check_length(ids_BT.shape[1])
+        if self.in_parts is None:
+            self.in_parts = self._is_in_parts()
         parts = backbone_and_head(self.model) if self.in_parts else None
         if parts is None:
             logits_BTV = _logits(self.model(ids_BT, **options))
@@ -51,6 +53,12 @@ class NextTokenLoss:
         backbone, head = parts
         hidden_BTD = backbone(ids_BT, **options).last_hidden_state
         return linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, labels_N, extra=extra, ce_weight=ce_weight)
+
+    def _is_in_parts(self) -> bool:
+        if not isinstance(self.model, PreTrainedModel):
+            return False
+        with evaluating(self.model):
+            return is_backbone_and_head(self.model, _few_ids(self.model))
 
     def check_length(self, tokens: int) -> None:
         """Raises: ValueError: a window longer than the model's positions."""

@@ -201,6 +201,7 @@ def everything_else(folder: Path, processes: int) -> Any:
     meta = CausalLM(config, optimizer=sgd, lr_scheduler=None)
     run = run_of(folder, processes, FSDP2Strategy(meta_init=True, zero_stage=3), [was_meta := OnMeta()], steps=1)
     run.fit(meta, data(processes))
+    found["meta in parts"] = meta._loss.in_parts
     found["meta"] = {"was meta": was_meta.found, **run.strategy.lightning_module_state_dict()}
 
     value = make()

@@ -10,7 +10,7 @@ import torch
 from contract import EVERY_CALLBACK, flat
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import StrategyRegistry
-from ranks import OPTIONS, PATTERNS, STEPS, data, make, resume, run_of
+from ranks import OPTIONS, PATTERNS, STEPS, ShardedLlama, data, make, resume, run_of
 from support import ForeignLlama, Notes, differences, run_on_ranks
 from torch import nn
 
@@ -151,6 +151,7 @@ def test_values_of_gradients_are_clipped_in_shards_as_in_whole(job, tmp_path):
 def test_a_model_built_without_memory_gets_its_first_weights_block_by_block(job):
     found = job("everything_else")["meta"]
     assert found.pop("was meta")
+    assert job("everything_else")["meta in parts"]  # its logits are made chunk by chunk, as any other's
     plain = make().state_dict()
     assert found.keys() == plain.keys()
     for name, weight in found.items():
@@ -247,6 +248,11 @@ def test_replicas_must_divide_the_processes(tmp_path):
 def test_a_pattern_of_blocks_that_matches_nothing_lists_near_names(tmp_path):
     with pytest.raises(ValueError, match=r"blocks='\*layer' matches no module. Near names"):
         fit_sharded(tmp_path, make(), FSDP2Strategy(blocks="*layer"))
+
+
+def test_a_module_that_shards_itself_is_not_sharded_again(tmp_path):
+    with pytest.raises(ValueError, match="ShardedLlama shards itself in configure_model"):
+        fit_sharded(tmp_path, ShardedLlama())
 
 
 def test_a_file_of_another_model_is_refused_with_the_layer(tmp_path):
