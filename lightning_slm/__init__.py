@@ -22,7 +22,17 @@ _EXPORTS = {
     "lightning_slm.errors": ("NoEffectWarning",),
     "lightning_slm.models": ("SLMConfig", "SLMForCausalLM"),
     "lightning_slm.modules": ("CausalLM", "MuonAdamW"),
-    "lightning_slm.strategies": ("FSDP2Strategy", "Float8Precision", "ZeRO1Strategy"),
+    "lightning_slm.modules.low_bit_optimizers": ("AdamW4bit", "AdamW8bit", "AdamWFp8"),
+    "lightning_slm.strategies": (
+        "BitNetPrecision",
+        "FSDP2Strategy",
+        "Float8Precision",
+        "Int4Precision",
+        "Int8Precision",
+        "LLMInt8Precision",
+        "NF4Precision",
+        "ZeRO1Strategy",
+    ),
 }
 _HOME = {name: package for package, names in _EXPORTS.items() for name in names}
 _PACKAGES = (

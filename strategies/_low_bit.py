@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_slm.nn.sharded import flattens_weights
 from lightning_slm.nn.targets import Patterns
 
 Base = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -79,10 +80,8 @@ class LowBitPrecision(Precision):
 
 def refuse_strategy(plugin: Precision, module: nn.Module) -> None:
     """Raises: ValueError: the strategy keeps weights of its own, which exchanged layers would not reach."""
-    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
-    kinds = {kind.__name__ for kind in type(strategy).__mro__}
-    if found := kinds & {"DeepSpeedStrategy", "FSDPStrategy"}:
+    if found := flattens_weights(getattr(getattr(module, "_trainer", None), "strategy", None)):
         raise ValueError(
-            f"{type(plugin).__name__} does not work with {found.pop()}, which casts and flattens the weights by rules "
-            'of its own: use strategy="slm_fsdp2" (zero_stage=1, 2 or 3 shards the same states), or "ddp".'
+            f"{type(plugin).__name__} does not work with {found}, which casts and flattens the weights by rules of its "
+            'own: use strategy="slm_fsdp2" or "slm_zero1", which shard the same states, or "ddp".'
         )

@@ -113,8 +113,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.accelerator.setup(trainer)
         if is_sharded(self.model) and not isinstance(self.model, FSDPModule):
             raise ValueError(
-                f"{type(self.model).__name__} shards itself in configure_model, and slm_fsdp2 would shard it again: take "
-                "fully_shard out there, or use Lightning's ModelParallelStrategy."
+                f"{type(self.model).__name__} shards itself in configure_model, and slm_fsdp2 would shard it again: "
+                "take fully_shard out there, or use Lightning's ModelParallelStrategy."
             )
         self.model = self.precision_plugin.convert_module(self.model)
         if not isinstance(self.model, FSDPModule):

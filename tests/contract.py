@@ -37,6 +37,14 @@ from lightning_slm.measure import measured
 from lightning_slm.models import SLMConfig, SLMForCausalLM
 from lightning_slm.modules import CausalLM, muon_adamw
 from lightning_slm.nn.sharded import whole
+from lightning_slm.strategies import (
+    BitNetPrecision,
+    Float8Precision,
+    Int4Precision,
+    Int8Precision,
+    LLMInt8Precision,
+    NF4Precision,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,38 @@ def teacher_of(kind: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(42)
         return getattr(MODULES[kind].make(), MODULES[kind].network)
+
+
+def low_bit(kind: type[Any], **kwargs: Any) -> Callable[[], Any]:
+    """Makes the plugin; in float32 beside it, so that what is compared is the plugin's own."""
+    return partial(kind, base="32-true", **kwargs)
+
+
+EVERY_PRECISION: dict[str, Callable[[], Any]] = {
+    "BitNetPrecision": low_bit(BitNetPrecision),
+    "BitNetPrecision, 1 bit": low_bit(BitNetPrecision, bits="1", warmup=0.5, weight_decay_until=0.5, sub_norm=True),
+    "Float8Precision": low_bit(Float8Precision, emulate=True),
+    "Float8Precision, rowwise": low_bit(Float8Precision, recipe="rowwise", emulate=True),
+    "Int4Precision": low_bit(Int4Precision),
+    "Int8Precision": low_bit(Int8Precision),
+    "Int8Precision, blockwise": low_bit(Int8Precision, recipe="blockwise"),
+    "LLMInt8Precision": low_bit(LLMInt8Precision),
+    "NF4Precision": low_bit(NF4Precision, block=32),
+}
+
+
+def refusal(precision: str, callback: str) -> str | None:
+    """Why a precision and a callback do not go together; None: they do."""
+    if callback == "QuantizationAwareTraining":
+        return "computes as FakeQuantLinear already"
+    if callback == "GradualPruning" and precision.startswith(("NF4", "LLMInt8")):
+        return "prune before quantising"
+    return None
+
+
+def combinable(kind: str, precision: str) -> list[Any]:
+    """One of each callback that goes together with a precision."""
+    return [case.make(kind) for name, case in EVERY_CALLBACK.items() if refusal(precision, name) is None]
 
 
 @dataclass(frozen=True)
@@ -187,12 +227,12 @@ def make_callbacks(kind: str, name: str) -> list[Any]:
     return all_together(kind) if name == "all" else [EVERY_CALLBACK[name].make(kind)]
 
 
-def on_two_ranks(folder: Path, kind: str, name: str, strategy: str) -> dict[str, Any]:
+def on_two_ranks(folder: Path, kind: str, make: Callable[[], list[Any]], strategy: str, plugin: Any) -> dict[str, Any]:
     """Where kill + resume differs, whether the ranks agree, and what they learned."""
-    m, make = MODULES[kind], partial(make_callbacks, kind, name)
+    m = MODULES[kind]
     # The examples are dealt out here: Lightning's own way would deal them in another order than one process has.
     part = slice(int(os.environ.get("LOCAL_RANK", 0)), None, 2)
-    pair = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+    pair = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False, "plugin": plugin}
     ends = kill_and_resume(m.make, make, folder, partial(m.loader, part=part), **pair)
     module, _, run = fit(kind, make(), folder, part=part, **pair)
     ranks = run.strategy.all_gather(flat(module))
@@ -212,10 +252,12 @@ if __name__ == "__main__":
     without_fresh_processes()
     muon_in_float32()
     results: dict[str, Any] = {}
-    for kind, name in ON_TWO_RANKS:
-        title = f"{kind}-{name}"
+    jobs = [(f"{kind}-{name}", kind, partial(make_callbacks, kind, name), None) for kind, name in ON_TWO_RANKS]
+    for name, plugin in EVERY_PRECISION.items():
+        jobs.append((name, "foreign", partial(combinable, "foreign", name), plugin))
+    for title, kind, make, plugin in jobs:
         try:
-            results[title] = on_two_ranks(folder / title, kind, name, strategy)
+            results[title] = on_two_ranks(folder / title, kind, make, strategy, plugin)
         except Exception as error:  # the same on both ranks, if it is the callback's
             results[title] = {"error": f"{type(error).__name__}: {error}"}
         torch.save(results, folder / f"results.{os.environ.get('LOCAL_RANK', 0)}.pt")

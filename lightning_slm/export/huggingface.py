@@ -19,15 +19,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_slm.export.packing import is_converted, packed_state
+from lightning_slm.export.packing import (
+    bitnet_state,
+    differing_codes,
+    frozen_state,
+    is_converted,
+    is_frozen,
+    packed_state,
+)
 from lightning_slm.measure.size import file_bytes
 from lightning_slm.quantization import PackedEmbedding, PackedLinear, fake_quant_layers
-from lightning_slm.quantization.hf import PackedConfig
+from lightning_slm.quantization.bitnet import bit_layers, set_share_
+from lightning_slm.quantization.int4_kernel import Int4KernelBitLinear, Int4KernelLinear
+from lightning_slm.quantization.layers import as_plain
+from lightning_slm.quantization.packed import PackedBitLinear
 
 _WEIGHTS = "model.safetensors"
+_Packed = tuple[dict[str, Tensor], QuantizationConfigMixin]  # state dict, and what config.json says of it
 # The reloaded model may sum in another order (memory is aligned otherwise), and a rounded activation may then fall on
-# the other side: of the largest logit, so much.
+# the other side: of the largest logit, so much, or one step of the model's own dtype.
 _TOLERANCE = 1e-3
 
 
@@ -45,6 +57,7 @@ def save_hf_folder(
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     quantized: bool | Literal["auto"] = "auto",
+    format: Literal["lightning_slm", "bitnet"] = "lightning_slm",
 ) -> Exported:
     """Write ``model`` as a folder that ``from_pretrained`` loads: config, safetensors, tokenizer, generation config.
 
@@ -52,11 +65,16 @@ def save_hf_folder(
         model: a Hugging Face model, ours or not.
         folder: an earlier export there is replaced once the new one has been read back and compared.
         tokenizer: saved beside the model, so that text goes in and comes out.
-        quantized: True packs the codes of a model prepared (or converted) for quantisation; False writes the weights
-            behind them in full precision; "auto" packs where there is something to pack.
+        quantized: True packs the codes of a model prepared (or converted) for quantisation, of BitNet's layers or of
+            frozen ones; False writes the weights behind them in full precision; "auto" packs where there is something
+            to pack.
+        format: how codes are packed. "lightning_slm" needs ``import lightning_slm`` to load and holds everything we
+            train; "bitnet" is transformers' own, for its architectures with ternary layers, and loads without us.
+            Layers frozen by ``nf4_`` or ``llm_int8_`` are always written as transformers' own, bitsandbytes'.
 
     Raises:
-        ValueError: not a Hugging Face model, nothing to pack, or a folder with files that are no export.
+        ValueError: not a Hugging Face model, nothing to pack, a format that cannot hold the model, or a folder with
+            files that are no export.
         RuntimeError: the reloaded model differs. Nothing was changed.
     """
     folder = Path(folder)
@@ -67,12 +85,9 @@ def save_hf_folder(
         )
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
         raise ValueError(f"{str(folder)!r} holds something that is no export; choose another folder, or empty it.")
-    loaded = any(isinstance(m, PackedLinear | PackedEmbedding) for m in model.modules())  # from a packed folder
-    packed = packed_state(model) if quantized else None
-    if quantized is True and packed is None and not loaded:
-        raise ValueError("quantized=True, but the model was not prepared; call prepare_qat_(model) and train, first.")
-    if quantized is False and (loaded or is_converted(model)):
-        raise ValueError("quantized=False, but only the codes are left of this model's weights; export it as it is.")
+    if format not in ("lightning_slm", "bitnet"):
+        raise ValueError(f"format={format!r} must be 'lightning_slm' or 'bitnet'.")
+    packed, loaded = _packed(model, quantized, format)
     with _replacing(folder) as new:
         if packed is None:
             model.save_pretrained(new)
@@ -82,6 +97,34 @@ def save_hf_folder(
             tokenizer.save_pretrained(new)
         difference = _compare(model, new, None if packed is None else packed[0])
     return Exported(folder, folder_bytes(folder), packed is not None or loaded, difference)
+
+
+def _packed(model: PreTrainedModel, quantized: bool | str, format: str) -> tuple[_Packed | None, bool]:
+    """What to write in place of the state dict, if anything; and whether the model holds codes only."""
+    if any(isinstance(m, Int4KernelLinear | Int4KernelBitLinear) for m in model.modules()):
+        raise ValueError("The layers hold this CPU's layout of their codes; export the model as it was loaded.")
+    loaded = any(isinstance(m, PackedLinear | PackedBitLinear | PackedEmbedding) for m in model.modules())
+    if not quantized:
+        if format != "lightning_slm":
+            raise ValueError(f"format={format!r} is one of codes; leave it out with quantized=False.")
+        if loaded or is_converted(model):
+            raise ValueError("quantized=False, but only the codes are left of these weights; export it as it is.")
+        if frozen := [n for n, m in model.named_modules() if hasattr(m, "packed_state") and m.rounds_inputs]:
+            raise ValueError(
+                f"quantized=False, but a plain layer does not round its inputs, and {frozen[0]!r} does: pack it, or "
+                "call lightning_slm.quantization.bnb.dequantize_(model) first."
+            )
+        if normed := [name for name, layer in bit_layers(model) if layer.settings.sub_norm]:
+            raise ValueError(f"quantized=False, but a plain layer has no sub_norm, and {normed[0]!r} has: pack it.")
+        return None, loaded
+    if format == "bitnet":
+        return bitnet_state(model), loaded
+    packed: _Packed | None = frozen_state(model) if is_frozen(model) else packed_state(model)
+    if quantized is True and packed is None and not loaded:
+        raise ValueError(
+            "quantized=True, but the model was not prepared; call prepare_qat_(model), or bitnet_, and train, first."
+        )
+    return packed, loaded
 
 
 def folder_bytes(folder: str | os.PathLike[str]) -> int:
@@ -110,7 +153,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_packed(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], quantization: PackedConfig) -> None:
+def _write_packed(
+    model: PreTrainedModel, folder: Path, state: dict[str, Tensor], quantization: QuantizationConfigMixin
+) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
@@ -131,10 +176,16 @@ def _compare(model: PreTrainedModel, folder: Path, packed: dict[str, Tensor] | N
     attention = getattr(model.config, "_attn_implementation", None)
     again: nn.Module = type(model).from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
     again.to(model.device)
-    with _computing_as_exported(model, packed is not None):
+    for module in again.modules():
+        if type(module).__name__ == "Linear4bit":  # which has a faster and less exact way in evaluation, on some CPUs
+            module.train()
+    # transformers' own layers compile themselves: too long for sixteen tokens.
+    with _computing_as_exported(model, packed is not None), torch.compiler.set_stance("force_eager"):
+        if packed is not None and (wrong := differing_codes(model, again)):
+            raise RuntimeError(f"The codes loaded differ from those of the weights: {', '.join(wrong)}.")
         here, there = _logits(model), _logits(again)
     difference = (here - there).abs().max().item()
-    if not difference <= _TOLERANCE * here.abs().max().item():
+    if not difference <= max(_TOLERANCE, torch.finfo(model.dtype).eps) * here.abs().max().item():
         raise RuntimeError(
             f"The exported model's logits differ from those of the model in memory by {difference:.3g}, of "
             f"{here.abs().max().item():.3g} at most. Nothing was written. Is a quantised weight used elsewhere than in "
@@ -148,17 +199,21 @@ def _computing_as_exported(model: nn.Module, rounded: bool) -> Iterator[None]:
     """Eval mode, and the fake quantisation as the export has it; both are put back."""
     modes = {module: module.training for module in model.modules()}
     enabled = {layer: layer.fake_quant_enabled for _, layer in fake_quant_layers(model)}
+    shares = {layer: layer.share for _, layer in bit_layers(model)}
     model.eval()
     for layer in enabled:
         layer.fake_quant_enabled = rounded
+    set_share_(model, float(rounded))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_plain(model):
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
         for layer, on in enabled.items():
             layer.fake_quant_enabled = on
+        for bit_layer, share in shares.items():
+            bit_layer.share = share
 
 
 def _logits(model: Any) -> Tensor:

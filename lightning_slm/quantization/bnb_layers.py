@@ -10,7 +10,7 @@ cannot train after an evaluation (``Linear4bit``, with AVX512-BF16) or do not ro
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class FrozenLinear(nn.Linear):
     plain name, and are read back to the same codes: they load into an ``nn.Linear``, and from one.
     """
 
+    rounds_inputs: ClassVar[bool]  # so that a plain layer of the same weights computes something else
     settings: Any
     plain_dtype: torch.dtype  # of the weights in a state dict
 
@@ -136,6 +137,7 @@ class FrozenLinear(nn.Linear):
 class NF4Linear(FrozenLinear):
     """``nn.Linear`` whose weights are 4-bit codes, two to a byte: (O, I / 2)."""
 
+    rounds_inputs = False
     settings: NF4
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,6 +213,7 @@ class _NF4Product(torch.autograd.Function):
 class LLMInt8Linear(FrozenLinear):
     """``nn.Linear`` whose weights are int8 codes, (O, I), with a scale per row, and whose inputs are rounded alike."""
 
+    rounds_inputs = True
     settings: LLMInt8
 
     def forward(self, x: Tensor) -> Tensor:

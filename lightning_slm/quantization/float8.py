@@ -56,6 +56,7 @@ class Float8Linear(TorchaoFloat8Linear):
 
     settings: Float8Settings
     gatherable: bool  # whether what is gathered could be the rounded weight
+    only_in_training = True
     smooths = True  # its forward takes `smooth`: see lightning_slm.nn.smooth_swiglu
 
     def forward(self, x_NI: Tensor, smooth: bool = False) -> Tensor:  # type: ignore[override]

@@ -4,6 +4,7 @@
 Importing this module registers the method.
 """
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_slm.quantization.packed import PackedEmbedding, PackedLinear
+from lightning_slm.quantization.bitnet import BitNet
+from lightning_slm.quantization.packed import PackedBitLinear, PackedEmbedding, PackedLinear
 from lightning_slm.quantization.qat import LayerQuant
 
 if TYPE_CHECKING:  # at run time this module may be imported while transformers itself is
@@ -21,13 +23,15 @@ if TYPE_CHECKING:  # at run time this module may be imported while transformers 
 
 METHOD = "lightning_slm"
 
+Quant = LayerQuant | BitNet  # how a layer is packed: scales in groups, or BitNet's one
+
 
 class PackedConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a packed folder: which layers, in how many bits.
 
     Args:
-        layers: groups of layers that are packed alike, each a dict of ``bits``, ``group``, ``int8_activations`` and
-            ``names``, the list of the modules' names.
+        layers: groups of layers that are packed alike, each a dict of ``names``, the list of the modules' names, and of
+            the fields of `LayerQuant`, or, where its ``kind`` is "bitnet", of `BitNet`.
     """
 
     def __init__(self, layers: list[dict[str, Any]], **_: Any) -> None:
@@ -35,25 +39,22 @@ class PackedConfig(QuantizationConfigMixin):
         self.layers = layers
 
     @classmethod
-    def of(cls, layers: dict[str, LayerQuant]) -> "PackedConfig":
+    def of(cls, layers: dict[str, Quant]) -> "PackedConfig":
         """Gather layers by how they are packed."""
-        alike: dict[LayerQuant, list[str]] = {}
+        alike: dict[Quant, list[str]] = {}
         for name, quant in layers.items():
             alike.setdefault(quant, []).append(name)
-        return cls(
-            [
-                {"bits": q.bits, "group": q.group, "int8_activations": q.int8_activations, "names": names}
-                for q, names in alike.items()
-            ]
-        )
+        kinds = {LayerQuant: {}, BitNet: {"kind": "bitnet"}}  # older folders have no kind
+        return cls([{**kinds[type(quant)], **asdict(quant), "names": names} for quant, names in alike.items()])
 
-    def by_name(self) -> dict[str, LayerQuant]:
+    def by_name(self) -> dict[str, Quant]:
         """How each layer is packed."""
-        return {
-            name: LayerQuant(layer["bits"], layer["group"], layer["int8_activations"])
-            for layer in self.layers
-            for name in layer["names"]
-        }
+        found: dict[str, Quant] = {}
+        for layer in self.layers:
+            fields = {key: value for key, value in layer.items() if key not in ("kind", "names")}
+            quant = BitNet(**fields) if layer.get("kind") == "bitnet" else LayerQuant(**fields)
+            found |= dict.fromkeys(layer["names"], quant)
+        return found
 
 
 class PackedQuantizer(HfQuantizer):
@@ -93,7 +94,9 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def packed_like(plain: nn.Module, quant: LayerQuant, dtype: torch.dtype | None) -> PackedLinear | PackedEmbedding:
+def packed_like(
+    plain: nn.Module, quant: Quant, dtype: torch.dtype | None
+) -> PackedLinear | PackedBitLinear | PackedEmbedding:
     """An empty packed layer of the same sizes, on the same device.
 
     Raises:
@@ -102,14 +105,16 @@ def packed_like(plain: nn.Module, quant: LayerQuant, dtype: torch.dtype | None) 
     with torch.device(plain.weight.device):  # type: ignore[arg-type]
         if isinstance(plain, nn.Linear):
             sizes = plain.in_features, plain.out_features, plain.bias is not None
+            if isinstance(quant, BitNet):
+                return PackedBitLinear(*sizes, quant, dtype)
             return PackedLinear(*sizes, quant.bits, quant.group, quant.int8_activations, dtype)
-        if isinstance(plain, nn.Embedding):
+        if isinstance(plain, nn.Embedding) and isinstance(quant, LayerQuant):
             table = plain.num_embeddings, plain.embedding_dim
             return PackedEmbedding(*table, quant.bits, quant.group, plain.padding_idx, dtype)
     raise ValueError(f"A {type(plain).__name__} cannot be packed; the folder was written for another model.")
 
 
-def _check_files(layers: dict[str, LayerQuant], files: list[str]) -> None:
+def _check_files(layers: dict[str, Quant], files: list[str]) -> None:
     """Transformers would only report a missing tensor, and make it up: codes without their scales mean nothing."""
     keys = set()
     for file in files:

@@ -40,6 +40,7 @@ class Int4:
 class Int4Linear(nn.Linear):
     """``nn.Linear`` whose three products (output, gradient of the input, of the weight) are made of 4-bit codes."""
 
+    only_in_training = True
     settings: Int4
 
     def forward(self, x: Tensor) -> Tensor:

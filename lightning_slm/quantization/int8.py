@@ -37,6 +37,7 @@ class Int8:
 class Int8Linear(nn.Linear):
     """``nn.Linear`` whose three products (output, gradient of the input, of the weight) are made of int8 codes."""
 
+    only_in_training = True
     settings: Int8
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ sharding do not notice. Each layer has one owner: what one technique exchanged, 
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,19 @@ def restore_(model: nn.Module, kind: type[nn.Linear]) -> None:
         if type(module) is kind:
             module.__class__ = nn.Linear
             del module.settings
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that round only to train fast (``only_in_training``) compute as ``nn.Linear``: as exported."""
+    kinds = {m: type(m) for m in model.modules() if getattr(type(m), "only_in_training", False)}
+    for module in kinds:
+        module.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
 
 
 def check_free(target: Target, kind: type[nn.Module]) -> None:

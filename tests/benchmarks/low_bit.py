@@ -1,7 +1,8 @@
 """What a model has learned after the same steps in each low-bit precision: the table of the precision plugins' cards.
 
-    python tests/benchmarks/low_bit.py FOLDER [steps] [seeds]      the runs, one line of FOLDER/runs.jsonl each
-    python tests/benchmarks/low_bit.py FOLDER --table              the table of the lines that are there
+    python tests/benchmarks/low_bit.py FOLDER [steps] [seeds] [names]   the runs, one line of FOLDER/runs.jsonl each;
+                                                                       names: of precisions, with commas between
+    python tests/benchmarks/low_bit.py FOLDER --table                   the table of the lines that are there
 
 A model of a million parameters on the WikiText head and on this Python's standard library; bits per byte of the first
 192 windows of the validation split, mean over seeds (of weights and data order), spread in brackets. Runs that a line
@@ -15,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,13 @@ def bits_per_byte(corpus: str, precision: str, steps: int, seed: int, folder: Pa
     return trainer.validate(module, data, verbose=False)[0]["val_bits_per_byte"]
 
 
-def main(folder: Path, steps: int, seeds: int) -> None:
+def main(folder: Path, steps: int = 250, seeds: int = 3, names: Sequence[str] = tuple(PRECISIONS)) -> None:
     """All runs that are missing, precision by precision, so that a table of few seeds is whole first."""
     lines = folder / "runs.jsonl"
     done = {tuple(line[key] for key in ("corpus", "precision", "steps", "seed")) for line in read(lines)}
     for seed in range(seeds):
         for corpus in CORPORA:
-            for precision in PRECISIONS:
+            for precision in names:
                 if (corpus, precision, steps, seed) in done:
                     continue
                 start = time.perf_counter()
@@ -116,4 +117,4 @@ if __name__ == "__main__":
         print(table(where))
     else:
         torch.set_num_threads(1)
-        main(where, *(int(x) for x in (sys.argv[2:] + ["400", "3"][len(sys.argv) - 2 :])))
+        main(where, *map(int, sys.argv[2:4]), *(names.split(",") for names in sys.argv[4:]))

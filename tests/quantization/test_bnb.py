@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import logging
 import subprocess
 import sys
@@ -12,8 +11,6 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-import transformers
-from safetensors.torch import save_file
 from support import tiny_llama, tiny_slm
 from torch import nn
 
@@ -317,26 +314,6 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name(freeze):
     assert model.load_state_dict({}, strict=False).missing_keys == ["0.weight", "0.bias"]
 
 
-@pytest.mark.parametrize(("freeze", "quick"), [(nf4_, "train"), (llm_int8_, "eval")])
-def test_a_folder_of_packed_weights_loads_in_transformers_without_us(tmp_path, freeze, quick):
-    model = tiny_llama(tied=False)
-    freeze(model)
-    state, quantization = bitsandbytes_state(model)
-    config = copy.deepcopy(model.config)
-    config.quantization_config, config.architectures = quantization, [type(model).__name__]
-    config.save_pretrained(tmp_path)
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    getattr(again, quick)()  # the mode in which bitsandbytes' layer does what it does on a GPU
-    with quiet():
-        assert torch.equal(again(torch.arange(16)[None]).logits, model(torch.arange(16)[None]).logits)
-    kinds = {nf4_: bitsandbytes.nn.Linear4bit, llm_int8_: bitsandbytes.nn.Linear8bitLt}
-    assert sum(isinstance(m, kinds[freeze]) for m in again.modules()) == 14
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"] == [
-        "lm_head"
-    ]
-
-
 def test_a_model_without_frozen_layers_has_no_such_folder():
     with pytest.raises(ValueError, match="one kind of frozen layers, and the model has 0"):
         bitsandbytes_state(net())
@@ -492,6 +469,7 @@ def test_sharded_over_two_ranks_it_computes_the_same_and_its_state_dict_is_whole
                 model.load_state_dict(cut)
                 error = whole(model.state_dict()["0.weight"]) - 2 * plain["0.weight"]
                 assert error.abs().max() < 1e-3
+            torch.distributed.barrier()  # who leaves first would break the other off
             torch.distributed.destroy_process_group()
             """
         )
