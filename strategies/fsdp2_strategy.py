@@ -50,7 +50,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: of ``torch.distributed``; None: by device.
 
     Raises:
-        ValueError: another zero_stage, or sizes that do not fit.
+        ValueError: another zero_stage, or sizes that do not fit; when a run begins, a module that optimises manually or
+            shards itself.
     """
 
     strategy_name = "slm_fsdp2"
@@ -111,11 +112,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        if is_sharded(self.model) and not isinstance(self.model, FSDPModule):
-            raise ValueError(
-                f"{type(self.model).__name__} shards itself in configure_model, and slm_fsdp2 would shard it again: "
-                "take fully_shard out there, or use Lightning's ModelParallelStrategy."
-            )
+        self._check(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         if not isinstance(self.model, FSDPModule):
             self._shard(self.model)
@@ -160,6 +157,19 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _offloads(self) -> bool:
         return self.cpu_offload and self.root_device.type != "cpu"  # where it lies already
+
+    def _check(self, model: Any) -> None:
+        if is_sharded(model) and not isinstance(model, FSDPModule):
+            raise ValueError(
+                f"{type(model).__name__} shards itself in configure_model, and slm_fsdp2 would shard it again: take "
+                "fully_shard out there, or use Lightning's ModelParallelStrategy."
+            )
+        if not model.automatic_optimization:
+            raise ValueError(
+                f"{type(model).__name__} optimises manually: its backward pass would run inside of the training step, "
+                "and slm_fsdp2 gathers what belongs to no block around all of that. Use automatic optimization, or "
+                'strategy="slm_zero1" or "ddp".'
+            )
 
     # Steps: through the module's own call, which gathers what belongs to no block.
 

@@ -255,6 +255,13 @@ def test_a_module_that_shards_itself_is_not_sharded_again(tmp_path):
         fit_sharded(tmp_path, ShardedLlama())
 
 
+def test_manual_optimization_is_refused_with_the_way_out(tmp_path):
+    module = Small()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match=r'Small optimises manually.*strategy="slm_zero1"'):
+        fit_sharded(tmp_path, module)
+
+
 def test_a_file_of_another_model_is_refused_with_the_layer(tmp_path):
     fit_sharded(tmp_path, make()).save_checkpoint(tmp_path / "small.ckpt")
     other = make()
