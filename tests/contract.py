@@ -5,6 +5,7 @@ writes FOLDER/results.0.pt, which `test_contract.py` reads.
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from support import (
     VOCABULARY,
     Demo,
     ForeignLlama,
+    Notes,
     batches,
     differences,
     kill_and_resume,
@@ -37,6 +39,7 @@ from lightning_slm.measure import measured
 from lightning_slm.models import SLMConfig, SLMForCausalLM
 from lightning_slm.modules import CausalLM, muon_adamw
 from lightning_slm.nn.sharded import whole
+from lightning_slm.nn.targets import weight_targets
 from lightning_slm.strategies import (
     BitNetPrecision,
     Float8Precision,
@@ -75,14 +78,14 @@ def teacher_of(kind: str) -> nn.Module:
         return getattr(MODULES[kind].make(), MODULES[kind].network)
 
 
-def low_bit(kind: type[Any], **kwargs: Any) -> Callable[[], Any]:
+def low_bit(kind: type[Any], **kwargs: Any) -> partial[Any]:
     """Makes the plugin; in float32 beside it, so that what is compared is the plugin's own."""
     return partial(kind, base="32-true", **kwargs)
 
 
-EVERY_PRECISION: dict[str, Callable[[], Any]] = {
+EVERY_PRECISION = {
     "BitNetPrecision": low_bit(BitNetPrecision),
-    "BitNetPrecision, 1 bit": low_bit(BitNetPrecision, bits="1", warmup=0.5, weight_decay_until=0.5, sub_norm=True),
+    "BitNetPrecision, 1 bit": low_bit(BitNetPrecision, bits="1", warmup=0.8, weight_decay_until=0.7, sub_norm=True),
     "Float8Precision": low_bit(Float8Precision, emulate=True),
     "Float8Precision, rowwise": low_bit(Float8Precision, recipe="rowwise", emulate=True),
     "Int4Precision": low_bit(Int4Precision),
@@ -91,15 +94,34 @@ EVERY_PRECISION: dict[str, Callable[[], Any]] = {
     "LLMInt8Precision": low_bit(LLMInt8Precision),
     "NF4Precision": low_bit(NF4Precision, block=32),
 }
+# Further settings, which are tried without callbacks and in one process.
+EVERY_SETTING = {
+    **EVERY_PRECISION,
+    "Float8Precision, rowwise_with_gw_hp": low_bit(Float8Precision, recipe="rowwise_with_gw_hp", emulate=True),
+    "Int4Precision, all rows": low_bit(Int4Precision, sampled=False),
+    "NF4Precision, magnitudes in 32 bits": low_bit(NF4Precision, block=32, double_quant=False),
+}
+FROZEN = ("NF4Precision", "LLMInt8Precision")  # weights are codes that do not change
+
+
+def layer_of(precision: str) -> str:
+    """Name of the class that a precision makes of a linear layer."""
+    return re.sub("(Net)?Precision.*", "Linear", precision)
 
 
 def refusal(precision: str, callback: str) -> str | None:
     """Why a precision and a callback do not go together; None: they do."""
     if callback == "QuantizationAwareTraining":
-        return "computes as FakeQuantLinear already"
-    if callback == "GradualPruning" and precision.startswith(("NF4", "LLMInt8")):
-        return "prune before quantising"
+        return f"computes as FakeQuantLinear already, so it cannot become {layer_of(precision)}"
+    if callback == "GradualPruning" and precision.startswith(FROZEN):
+        return r"q_proj.weight' holds packed torch.u?int8; prune before quantising"
     return None
+
+
+def in_base(precision: str, base: str) -> partial[Any]:
+    """Makes the plugin with another base."""
+    make = EVERY_SETTING[precision]
+    return partial(make.func, **{**make.keywords, "base": base})
 
 
 def combinable(kind: str, precision: str) -> list[Any]:
@@ -209,6 +231,8 @@ def fit(
     batch_size: int = 2,
     prepare: Any = None,
     part: slice = slice(None),
+    n: int = 64,
+    loader: Any = None,
     **kwargs: Any,
 ) -> Any:
     """A short run; returns its module, its start (as one vector) and its trainer."""
@@ -218,9 +242,25 @@ def fit(
         prepare(module)
     start = flat(module)
     run = trainer(folder, callbacks, **kwargs)
-    loader = MODULES[kind].loader
-    run.fit(module, loader(n=64, batch_size=batch_size, part=part), loader(n=4))
+    loader = loader or MODULES[kind].loader
+    run.fit(module, loader(n=n, batch_size=batch_size, part=part), loader(n=4))
     return module, start, run
+
+
+def pruned(kind: str, state_dict: dict[str, Any]) -> bool:
+    """Whether half of every four weights are zero, as the table's `GradualPruning` leaves them."""
+    weights = [state_dict[target.name] for target in weight_targets(MODULES[kind].make())]
+    return all(((weight.reshape(-1, 4) == 0).sum(1) == 2).all() for weight in weights)
+
+
+def logged(run: Any) -> dict[str, list[float]]:
+    """What a run with `Notes` logged, by name, step by step, but for times that were measured."""
+    names = dict.fromkeys(name for values in run.logger.steps.values() for name in values)
+    return {
+        name: [values[name] for values in run.logger.steps.values() if name in values]
+        for name in names
+        if not name.startswith(TIMED)
+    }
 
 
 def make_callbacks(kind: str, name: str) -> list[Any]:
@@ -234,13 +274,14 @@ def on_two_ranks(folder: Path, kind: str, make: Callable[[], list[Any]], strateg
     part = slice(int(os.environ.get("LOCAL_RANK", 0)), None, 2)
     pair = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False, "plugin": plugin}
     ends = kill_and_resume(m.make, make, folder, partial(m.loader, part=part), **pair)
-    module, _, run = fit(kind, make(), folder, part=part, **pair)
+    module, _, run = fit(kind, make(), folder, part=part, logger=Notes(), **pair)
     ranks = run.strategy.all_gather(flat(module))
     return {
         "differences": differences(*map(comparable, ends)),
         "ranks agree": bool(torch.equal(ranks[0], ranks[1])),
         "steps": run.global_step,
         "learned": ranks[0],
+        "logged": logged(run),
         "state_dict": ends[0]["state_dict"],
     }
 

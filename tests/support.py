@@ -44,13 +44,16 @@ def tiny_llama(tied: bool = True) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
-def batches(pairs: bool = False, n: int = 32, batch_size: int = 2, part: slice = slice(None)) -> StatefulDataLoader:
+def batches(
+    pairs: bool = False, n: int = 32, batch_size: int = 2, part: slice = slice(None), words: int = VOCABULARY
+) -> StatefulDataLoader:
     """The same random tokens every time, as dicts of ``input_ids`` and ``labels`` or as (inputs, target) pairs.
 
     Args:
         part: the examples of one rank.
+        words: how many tokens there are; that there are few can be learned in twenty steps.
     """
-    ids_NT = torch.randint(VOCABULARY, (n, WINDOW + 1), generator=torch.Generator().manual_seed(7))[part]
+    ids_NT = torch.randint(words, (n, WINDOW + 1), generator=torch.Generator().manual_seed(7))[part]
     if pairs:
         return StatefulDataLoader([(ids[:-1], ids[1:]) for ids in ids_NT], batch_size=batch_size)
     return StatefulDataLoader([{"input_ids": ids[1:], "labels": ids[1:]} for ids in ids_NT], batch_size=batch_size)
