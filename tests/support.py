@@ -148,7 +148,8 @@ class DropoutOfTheStep(Callback):
     """Makes random numbers a function of the step: Lightning does not save the generators' state."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(1000 + batch_idx + trainer.global_rank)
+        # Not torch.manual_seed: where there is no GPU, it notes down the whole stack each time, for CUDA's later use.
+        torch.default_generator.manual_seed(1000 + batch_idx + trainer.global_rank)
 
 
 def trainer(folder: Path, callbacks: Any = (), steps: int = 8, plugin: Any = None, **kwargs: Any) -> Trainer:

@@ -335,7 +335,7 @@ def plugin(**attributes):
         (Float8Precision(emulate=True), torch.bfloat16),
         (Int8Precision(), torch.int8),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "precision", value)),  # alike in every process
 )
 def test_the_dtype_that_is_multiplied_is_the_plugin_s(precision, dtype):
     on_cpu = SimpleNamespace(root_device=torch.device("cpu"))

@@ -53,7 +53,7 @@ class QLoRA(LightningModule):
 
 def fit(folder, module, *callbacks, plugin=None, steps=8, **kwargs):
     run = trainer(folder, callbacks, steps=steps, plugins=[plugin or precision()], **kwargs)
-    run.fit(module, batches(), batches())
+    run.fit(module, batches(), batches(n=4))
     return run
 
 

@@ -198,14 +198,15 @@ def test_in_every_base_a_run_is_that_of_a_module_whose_layers_were_exchanged_by_
 @one_of_each
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
 def test_it_goes_with_accumulation_and_clipping(tmp_path, in_bf16, precision, options):
-    plugin = in_base(precision, "bf16-mixed")
-    module, _, run = fit("foreign", [], tmp_path, plugin=plugin, logger=Notes(), **options)
-    by_hand, _, _ = fit("foreign", [], tmp_path, prepare=BY_HAND[precision], precision="bf16-mixed", **options)
-    assert differences(dict(by_hand.state_dict()), dict(module.state_dict())) == []
+    """Near the run in bf16 where that is near without them; elsewhere as by hand."""
+    module, _, run = fit("foreign", [], tmp_path, plugin=in_base(precision, "bf16-mixed"), logger=Notes(), **options)
     losses = logged(run)["train_loss"]
     assert len(losses) == 8
     if precision in SHARE:
         assert losses == pytest.approx(in_bf16(**options), rel=SHARE[precision])
+        return
+    by_hand, _, _ = fit("foreign", [], tmp_path, prepare=BY_HAND[precision], precision="bf16-mixed", **options)
+    assert differences(dict(by_hand.state_dict()), dict(module.state_dict())) == []
 
 
 @pytest.mark.parametrize(("precision", "share"), NEAR)
@@ -223,10 +224,10 @@ def test_evaluating_a_checkpoint_with_it_gives_the_run_s_own_figure_exactly(tmp_
     plugin = in_base(precision, "bf16-mixed")
     module, _, run = fit("foreign", [], tmp_path, plugin=plugin)
     run.save_checkpoint(tmp_path / "end.ckpt")
-    own = run.validate(module, batches(), verbose=False)
+    own = run.validate(module, batches(n=4), verbose=False)
     for again in (ForeignLlama(), module):  # and into layers that are exchanged already
         fresh = trainer(tmp_path, plugin=plugin)
-        assert fresh.validate(again, batches(), tmp_path / "end.ckpt", verbose=False, weights_only=True) == own
+        assert fresh.validate(again, batches(n=4), tmp_path / "end.ckpt", verbose=False, weights_only=True) == own
 
 
 @one_of_each
