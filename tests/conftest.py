@@ -32,12 +32,14 @@ def _no_process_group_left():
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
-    """The callback contract on two processes, by strategy: one job each for all the tests that ask for it."""
+    """The contract on two processes, of callbacks or of precisions, by strategy: one job each for all the tests of a
+    file (which run in one process: `make test`).
+    """
 
     @functools.cache
-    def results(strategy: str):
+    def results(strategy: str, part: str):
         folder = tmp_path_factory.mktemp(strategy)
-        run_on_ranks(Path(__file__).with_name("contract.py"), folder, strategy, timeout=290)
+        run_on_ranks(Path(__file__).with_name("contract.py"), folder, strategy, part, timeout=290)
         return torch.load(folder / "results.0.pt")
 
     return results

@@ -1,7 +1,7 @@
 """The callback contract's table: every callback, on modules that are not made for it. Run as a script: on two ranks.
 
-``python tests/contract.py FOLDER STRATEGY`` lets Lightning start a second process, runs what needs two ranks, and
-writes FOLDER/results.0.pt, which `test_contract.py` reads.
+``python tests/contract.py FOLDER STRATEGY callbacks`` (or ``precisions``) lets Lightning start a second process, runs
+what needs two ranks, and writes FOLDER/results.0.pt, which the fixture ``two_ranks`` reads.
 """
 
 import os
@@ -287,15 +287,16 @@ def on_two_ranks(folder: Path, kind: str, make: Callable[[], list[Any]], strateg
 
 
 if __name__ == "__main__":
-    folder, strategy = Path(sys.argv[1]), sys.argv[2]
+    folder, strategy, part = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     without_fresh_processes()
     muon_in_float32()
     results: dict[str, Any] = {}
     jobs = [(f"{kind}-{name}", kind, partial(make_callbacks, kind, name), None) for kind, name in ON_TWO_RANKS]
-    for name, plugin in EVERY_PRECISION.items():
-        jobs.append((name, "foreign", partial(combinable, "foreign", name), plugin))
+    if part == "precisions":
+        makers = {name: partial(combinable, "foreign", name) for name in EVERY_PRECISION}
+        jobs = [(name, "foreign", makers[name], plugin) for name, plugin in EVERY_PRECISION.items()]
     for title, kind, make, plugin in jobs:
         try:
             results[title] = on_two_ranks(folder / title, kind, make, strategy, plugin)

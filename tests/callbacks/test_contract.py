@@ -318,13 +318,12 @@ def test_dotted_paths_need_no_import(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("contract on two ranks")
 @pytest.mark.parametrize(("kind", "name"), ON_TWO_RANKS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_on_two_ranks_it_resumes_bit_identically_and_learns_what_one_process_learns(
     tmp_path, two_ranks, strategy, kind, name
 ):
-    found = two_ranks(strategy)[f"{kind}-{name}"]
+    found = two_ranks(strategy, "callbacks")[f"{kind}-{name}"]
     assert "error" not in found
     assert found["differences"] == []
     assert found["ranks agree"]

@@ -330,12 +330,11 @@ def test_its_overlay_says_its_defaults_but_for_what_is_known(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("contract on two ranks")
 @every_precision
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_on_two_ranks_with_all_that_go_together_it_resumes_bit_identically(two_ranks, strategy, precision):
     """And sharded weights learn what whole ones do; a code more or less that flips is a small share of few."""
-    found, whole = two_ranks(strategy)[precision], two_ranks("ddp")[precision]
+    found, whole = two_ranks(strategy, "precisions")[precision], two_ranks("ddp", "precisions")[precision]
     assert "error" not in found
     assert found["differences"] == []
     assert found["ranks agree"]

@@ -20,7 +20,6 @@ from lightning_slm.nn.blocks import repeated_blocks
 from lightning_slm.nn.targets import weight_targets
 from lightning_slm.strategies import FSDP2Strategy, ZeRO1Strategy
 
-pytestmark = pytest.mark.xdist_group("sharding on several ranks")  # they share jobs
 RANKS = Path(__file__).with_name("ranks.py")
 
 
