@@ -89,9 +89,7 @@ def frozen_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], BitsAndByte
     from lightning_slm.quantization.bnb import bitsandbytes_state  # here: importing bitsandbytes takes seconds
 
     if others := [name for name, _ in [*fake_quant_layers(model), *bit_layers(model)]]:
-        raise ValueError(
-            f"A folder with bitsandbytes' codes cannot hold those of {others[0]!r}: leave one kind out."
-        )
+        raise ValueError(f"A folder with bitsandbytes' codes cannot hold those of {others[0]!r}: leave one kind out.")
     state, config = bitsandbytes_state(model)
     kept = {k: v for k, v in state.items() if k not in _tied(model)}
     return _on_disk(kept), BitsAndBytesConfig.from_dict(config)
