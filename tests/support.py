@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,33 @@ def run_on_ranks(script: Path, *arguments: Any, timeout: int) -> str:
         text = log.read()
     assert code == 0, text[-4000:]
     return text
+
+
+def on_two_ranks(body: str, folder: Path) -> None:
+    """Run ``body`` in two processes that are ranks of a gloo group; it finds ``rank`` and a ``mesh`` of both."""
+    script = folder / "ranks.py"
+    script.write_text(_BEFORE + textwrap.dedent(body) + _AFTER)
+    ranks = [subprocess.Popen([sys.executable, script, str(r), folder / "store"]) for r in range(2)]
+    try:
+        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+_BEFORE = """
+import sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+"""
+_AFTER = """
+torch.distributed.barrier()  # who leaves first would break the other off
+torch.distributed.destroy_process_group()
+"""
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:

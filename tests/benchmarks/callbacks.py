@@ -5,7 +5,7 @@ import time
 
 import lightning.pytorch as pl
 import torch
-from harness import Goal, Results, alternate, ratio
+from harness import Goal, Results, StepTime, alternate, ratio
 from torch.utils.data import DataLoader
 
 from lightning_slm import CausalLM, CompressionReport, GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
@@ -14,16 +14,6 @@ from lightning_slm.models import PRESETS, SLMForCausalLM
 
 STEPS, WARM_UP, ROUNDS = 24, 4, 3
 B, T, V = 4, 256, 4096
-
-
-class StepTime(pl.Callback):
-    """Seconds per training step, after the first few."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == WARM_UP - 1:
-            self.start = time.perf_counter()
-        if batch_idx == STEPS - 1:
-            self.seconds = (time.perf_counter() - self.start) / (STEPS - WARM_UP)
 
 
 def network() -> SLMForCausalLM:
@@ -45,7 +35,7 @@ def adamw(params):
 
 def step_time(*callbacks: pl.Callback, model: torch.nn.Module | None = None, val: bool = False) -> float:
     """Seconds per step of a fresh run with these callbacks."""
-    clock = StepTime()
+    clock = StepTime(STEPS, WARM_UP)
     trainer = pl.Trainer(
         max_steps=STEPS,
         callbacks=[*callbacks, clock],

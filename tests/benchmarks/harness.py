@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lightning.pytorch as pl
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -72,6 +74,19 @@ class Results:
         ]
         path.write_text("\n".join(lines) + "\n")
         return path
+
+
+class StepTime(pl.Callback):
+    """Seconds per training step of ``steps``, after the first few."""
+
+    def __init__(self, steps: int, warm_up: int) -> None:
+        self.steps, self.warm_up = steps, warm_up
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if batch_idx == self.warm_up - 1:
+            self.start = time.perf_counter()
+        if batch_idx == self.steps - 1:
+            self.seconds = (time.perf_counter() - self.start) / (self.steps - self.warm_up)
 
 
 def alternate(variants: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, list[float]]:

@@ -2,11 +2,10 @@
 
 import os
 import tempfile
-import time
 
 import lightning.pytorch as pl
 import torch
-from harness import Goal, Results, alternate, ratio
+from harness import Goal, Results, StepTime, alternate, ratio
 from torch.utils.data import DataLoader
 
 import lightning_slm  # noqa: F401 (registers the strategies' names)
@@ -17,16 +16,6 @@ STEPS, WARM_UP, ROUNDS = 16, 4, 5
 B, T = 4, 256
 
 
-class StepTime(pl.Callback):
-    """Seconds per training step, after the first few."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == WARM_UP - 1:
-            self.start = time.perf_counter()
-        if batch_idx == STEPS - 1:
-            self.seconds = (time.perf_counter() - self.start) / (STEPS - WARM_UP)
-
-
 def step_time(strategy: str, preset: str = "slm-5m") -> float:
     """Seconds per step of a run in this one process."""
     torch.manual_seed(0)
@@ -35,7 +24,7 @@ def step_time(strategy: str, preset: str = "slm-5m") -> float:
         SLMForCausalLM(config), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True), lr_scheduler=None
     )
     ids = torch.randint(0, config.vocab_size, (STEPS * B, T), generator=torch.Generator().manual_seed(0))
-    clock = StepTime()
+    clock = StepTime(STEPS, WARM_UP)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_steps=STEPS,

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 import torchao.optim
 from lightning.pytorch.cli import LightningCLI
-from support import ForeignLlama, batches, differences, kill_and_resume, learned, tiny_slm, trainer
+from support import ForeignLlama, batches, differences, kill_and_resume, learned, on_two_ranks, tiny_slm, trainer
 from torch import nn
 
 from lightning_slm.measure import weight_bytes
@@ -264,71 +263,57 @@ def test_gradients_in_micro_batches_and_clipping_work(tmp_path):
 @pytest.mark.slow
 def test_states_of_one_process_load_on_two_and_back(tmp_path):
     """fully_shard on gloo: parts in few bits, parts that are too small for them there, and rows that do not divide."""
-    script = tmp_path / "shards.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            import torch
-            from torch import nn
-            from torch.distributed.fsdp import fully_shard
-            from lightning_slm.modules.low_bit_optimizers import AdamW4bit, AdamW8bit, AdamWFp8
-            from lightning_slm.nn.sharded import as_shard_of, gathered, local, whole
+    on_two_ranks(
+        """
+        import torch
+        from torch import nn
+        from torch.distributed.fsdp import fully_shard
+        from lightning_slm.modules.low_bit_optimizers import AdamW4bit, AdamW8bit, AdamWFp8
+        from lightning_slm.nn.sharded import as_shard_of, gathered, local, whole
 
-            rank, store = int(sys.argv[1]), sys.argv[2]
-            torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 
-            def make():
-                torch.manual_seed(0)
-                last = nn.Linear(32, 256, bias=False), nn.Linear(256, 129, bias=False)
-                return nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 32), *last)
+        def make():
+            torch.manual_seed(0)
+            last = nn.Linear(32, 256, bias=False), nn.Linear(256, 129, bias=False)
+            return nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 32), *last)
 
-            def step(net, optimizer, i):
-                x = torch.randn(4, 64, generator=torch.Generator().manual_seed(i))
-                optimizer.zero_grad()
-                net(x).square().mean().backward()
-                optimizer.step()
+        def step(net, optimizer, i):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
 
-            def numbers(optimizer):
-                for param, state in optimizer.state.items():
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        moment = local(state[name])
-                        in_few_bits = hasattr(moment, "codes")
-                        plain = moment.dequantize() if in_few_bits else moment
-                        yield whole(as_shard_of(plain, param)), in_few_bits
+        def numbers(optimizer):
+            for param, state in optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moment = local(state[name])
+                    in_few_bits = hasattr(moment, "codes")
+                    plain = moment.dequantize() if in_few_bits else moment
+                    yield whole(as_shard_of(plain, param)), in_few_bits
 
-            for kind in (AdamW8bit, AdamW4bit, AdamWFp8):
-                one, two = make(), make()
-                first = kind(one.parameters())
-                step(one, first, 0)
-                fully_shard(two, mesh=mesh)
-                second = kind(two.parameters())
-                second.load_state_dict(first.state_dict())
-                pairs = list(zip(numbers(first), numbers(second)))
-                assert all(torch.equal(a, b) for (a, _), (b, _) in pairs)
-                assert [x for (_, x), _ in pairs[::2]] == [True, False, True, False, True, True]
-                assert [x for _, (_, x) in pairs[::2]] == [True, False, False, False, True, False]
-                back = kind(make().parameters())
-                back.load_state_dict(gathered(second.state_dict(), keep=True))
-                before, after = list(numbers(first)), list(numbers(back))
-                assert torch.equal(before[0][0], after[0][0])
-                # What was plain in between is rounded once more.
-                for (a, few), (b, still) in zip(before, after):
-                    assert few is still
-                    assert (a - b).abs().max() <= a.abs().max() / 7
-                step(two, second, 1)
-                again = kind(two.parameters())
-                again.load_state_dict(second.state_dict())
-                assert all(torch.equal(a, b) for (a, _), (b, _) in zip(numbers(second), numbers(again)))
-            torch.distributed.barrier()  # who leaves first would break the other off
-            torch.distributed.destroy_process_group()
-            """
-        )
+        for kind in (AdamW8bit, AdamW4bit, AdamWFp8):
+            one, two = make(), make()
+            first = kind(one.parameters())
+            step(one, first, 0)
+            fully_shard(two, mesh=mesh)
+            second = kind(two.parameters())
+            second.load_state_dict(first.state_dict())
+            pairs = list(zip(numbers(first), numbers(second)))
+            assert all(torch.equal(a, b) for (a, _), (b, _) in pairs)
+            assert [x for (_, x), _ in pairs[::2]] == [True, False, True, False, True, True]
+            assert [x for _, (_, x) in pairs[::2]] == [True, False, False, False, True, False]
+            back = kind(make().parameters())
+            back.load_state_dict(gathered(second.state_dict(), keep=True))
+            before, after = list(numbers(first)), list(numbers(back))
+            assert torch.equal(before[0][0], after[0][0])
+            # What was plain in between is rounded once more.
+            for (a, few), (b, still) in zip(before, after):
+                assert few is still
+                assert (a - b).abs().max() <= a.abs().max() / 7
+            step(two, second, 1)
+            again = kind(two.parameters())
+            again.load_state_dict(second.state_dict())
+            assert all(torch.equal(a, b) for (a, _), (b, _) in zip(numbers(second), numbers(again)))
+        """,
+        tmp_path,
     )
-    ranks = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"]) for r in range(2)]
-    try:
-        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()

@@ -1,13 +1,10 @@
 """MuonAdamW against torch.optim.Muon and torch.optim.AdamW, step by step."""
 
 import copy
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-from support import ForeignLlama, differences, kill_and_resume, learned
+from support import ForeignLlama, differences, kill_and_resume, learned, on_two_ranks
 from torch import nn
 
 from lightning_slm.errors import NoEffectWarning
@@ -174,47 +171,33 @@ def test_muon_refuses_what_is_no_matrix():
 
 def test_on_shards_of_two_ranks_it_does_the_same_as_on_whole_matrices(tmp_path):
     """fully_shard on gloo: every step of both ranks equals the step of one process; uneven shards included."""
-    script = tmp_path / "shards.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            import torch
-            from torch import nn
-            from torch.distributed.fsdp import fully_shard
-            from torch.distributed.tensor import DTensor
-            from lightning_slm.modules.muon_adamw import MuonAdamW
+    on_two_ranks(
+        """
+        import torch
+        from torch import nn
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+        from lightning_slm.modules.muon_adamw import MuonAdamW
 
-            rank, store = int(sys.argv[1]), sys.argv[2]
-            torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-            torch.manual_seed(0)
-            make = lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
-            whole, sharded = make(), make()
-            sharded.load_state_dict(whole.state_dict())
-            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-            fully_shard(sharded, mesh=mesh)
-            for step in range(3):
-                if step == 0:
-                    optimizers = [MuonAdamW(net.named_parameters()) for net in (whole, sharded)]
-                x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-                for net, optimizer in zip((whole, sharded), optimizers):
-                    optimizer.zero_grad()
-                    net(x).square().mean().backward()
-                    optimizer.step()
-            for a, b in zip(whole.parameters(), sharded.parameters()):
-                assert isinstance(b, DTensor)
-                torch.testing.assert_close(b.full_tensor(), a, atol=1e-6, rtol=0)
-            torch.distributed.barrier()  # who leaves first would break the other off
-            torch.distributed.destroy_process_group()
-            """
-        )
+        torch.manual_seed(0)
+        make = lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+        whole, sharded = make(), make()
+        sharded.load_state_dict(whole.state_dict())
+        fully_shard(sharded, mesh=mesh)
+        for step in range(3):
+            if step == 0:
+                optimizers = [MuonAdamW(net.named_parameters()) for net in (whole, sharded)]
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            for net, optimizer in zip((whole, sharded), optimizers):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                optimizer.step()
+        for a, b in zip(whole.parameters(), sharded.parameters()):
+            assert isinstance(b, DTensor)
+            torch.testing.assert_close(b.full_tensor(), a, atol=1e-6, rtol=0)
+        """,
+        tmp_path,
     )
-    ranks = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"]) for r in range(2)]
-    try:
-        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
 
 
 # Stochastic rounding of bfloat16 weights.

@@ -3,15 +3,12 @@
 import contextlib
 import copy
 import logging
-import subprocess
-import sys
-import textwrap
 
 import bitsandbytes
 import peft
 import pytest
 import torch
-from support import tiny_llama, tiny_slm
+from support import on_two_ranks, tiny_llama, tiny_slm
 from torch import nn
 
 from lightning_slm.errors import NoEffectWarning
@@ -430,53 +427,40 @@ def test_a_layer_has_one_owner():
 
 def test_sharded_over_two_ranks_it_computes_the_same_and_its_state_dict_is_whole_again(tmp_path):
     """fully_shard on gloo; rows that do not divide among the ranks included."""
-    script = tmp_path / "shards.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys, torch, warnings
-            from torch import nn
-            from torch.distributed.fsdp import fully_shard
-            from torch.distributed.tensor import DTensor
-            from lightning_slm.nn.sharded import sharded_like, whole
-            from lightning_slm.quantization.bnb import llm_int8_, nf4_
+    on_two_ranks(
+        """
+        import torch, warnings
+        from torch import nn
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+        from lightning_slm.nn.sharded import sharded_like, whole
+        from lightning_slm.quantization.bnb import llm_int8_, nf4_
 
-            rank, store = int(sys.argv[1]), sys.argv[2]
-            torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-            for freeze in (nf4_, llm_int8_):
-                torch.manual_seed(0)
-                model = nn.Sequential(nn.Linear(128, 65), nn.LayerNorm(65), nn.Linear(65, 64), nn.Linear(64, 33))
-                freeze(model, skip="2")
-                plain = {k: v.clone() for k, v in model.state_dict().items()}
-                x = torch.randn(4, 128, requires_grad=True)
-                y = model(x)
-                y.square().sum().backward()
-                grad, bias_grad, x.grad = x.grad, model[0].bias.grad.clone(), None
-                model.zero_grad()
-                for layer in model:
-                    fully_shard(layer, mesh=mesh)
-                fully_shard(model, mesh=mesh)
-                assert isinstance(model[0].weight, DTensor) and model[0].weight.dtype in (torch.uint8, torch.int8)
-                again = model(x)
-                assert torch.equal(y, again)
-                again.square().sum().backward()
-                assert torch.equal(x.grad, grad)
-                torch.testing.assert_close(whole(model[0].bias.grad), bias_grad)
-                state = model.state_dict()
-                assert all(torch.equal(whole(state[k]), v) for k, v in plain.items())
-                cut = {k: sharded_like(2 * v, state[k]) for k, v in plain.items()}
-                model.load_state_dict(cut)
-                error = whole(model.state_dict()["0.weight"]) - 2 * plain["0.weight"]
-                assert error.abs().max() < 1e-3
-            torch.distributed.barrier()  # who leaves first would break the other off
-            torch.distributed.destroy_process_group()
-            """
-        )
+        for freeze in (nf4_, llm_int8_):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(128, 65), nn.LayerNorm(65), nn.Linear(65, 64), nn.Linear(64, 33))
+            freeze(model, skip="2")
+            plain = {k: v.clone() for k, v in model.state_dict().items()}
+            x = torch.randn(4, 128, requires_grad=True)
+            y = model(x)
+            y.square().sum().backward()
+            grad, bias_grad, x.grad = x.grad, model[0].bias.grad.clone(), None
+            model.zero_grad()
+            for layer in model:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert isinstance(model[0].weight, DTensor) and model[0].weight.dtype in (torch.uint8, torch.int8)
+            again = model(x)
+            assert torch.equal(y, again)
+            again.square().sum().backward()
+            assert torch.equal(x.grad, grad)
+            torch.testing.assert_close(whole(model[0].bias.grad), bias_grad)
+            state = model.state_dict()
+            assert all(torch.equal(whole(state[k]), v) for k, v in plain.items())
+            cut = {k: sharded_like(2 * v, state[k]) for k, v in plain.items()}
+            model.load_state_dict(cut)
+            error = whole(model.state_dict()["0.weight"]) - 2 * plain["0.weight"]
+            assert error.abs().max() < 1e-3
+        """,
+        tmp_path,
     )
-    ranks = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"]) for r in range(2)]
-    try:
-        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
