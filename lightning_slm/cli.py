@@ -80,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> int:
             hint = "Options follow the command." if argv[0].startswith("-") else near(argv[0], COMMANDS, n=8)
             raise UserError(f"unknown command {argv[0]!r}. {hint}")
         COMMANDS[argv[0]](argv[1:])
-    except (UserError, FileNotFoundError, ValueError, FloatingPointError) as error:
+    except (UserError, FileNotFoundError, ValueError, FloatingPointError, RuntimeError) as error:
         if not _is_explained(error):
             raise
         missing = getattr(error, "filename", None)

@@ -354,3 +354,12 @@ def test_two_processes_train_in_shards_from_the_command_line_and_go_on_as_one(pl
     assert fit(place, tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "8") == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported/model.safetensors").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may well multiply FP8")
+def test_hardware_that_cannot_do_what_is_asked_is_an_error_of_one_line_with_the_way_out(place, tmp_path, capsys):
+    assert fit(place, tmp_path, "--config", "float8") == 2
+    told = capsys.readouterr().err
+    assert "lightning-slm: error: FP8 with recipe='rowwise' needs" in told
+    assert "emulate=True" in told
+    assert "Traceback" not in told
