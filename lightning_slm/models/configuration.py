@@ -5,8 +5,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from lightning_slm.errors import near
 from lightning_slm.models.pattern import BlockSpec, parse_pattern
-from lightning_slm.models.registry import TOKEN_MIXERS
+from lightning_slm.models.registry import CHANNEL_MIXERS, TOKEN_MIXERS
+
+_WINDOWED = ("sliding_attention", "hybrid_sliding")
 
 
 @strict
@@ -22,11 +25,18 @@ class SLMConfig(PreTrainedConfig):
         head_dim: width of one head; None: hidden_size // num_attention_heads.
         pattern: the blocks, e.g. "attn/mlp*4", "(attn/mlp swa/mlp)*9", "attn/mlp@shared*22" (one mlp for all); the
             grammar is in ``lightning_slm.models.pattern``.
+        mixers: options of single mixers by their name in the pattern, e.g. {"mamba": {"state_size": 16}}; what there
+            is, and the defaults, tells ``TOKEN_MIXERS["mamba"].options()``.
         repeat: how often each block is run in place, with the same weights (MobileLLM-LS: 2).
+        causal: False for an encoder, whose tokens see what follows, too.
+        positions: how attention learns of order: "rope", "learned" (an embedding of positions), or "none", for
+            patterns whose other mixers tell it.
+        norm: "rms" or "layer" (with a bias), before every mixer and at the end.
+        embedding_norm: whether a norm follows the embedding, too (RWKV).
         max_position_embeddings: longest sequence.
         rope_theta: base of the rotary wavelengths.
         rms_norm_eps: added to the mean square in every norm.
-        sliding_window: tokens that "swa" looks back at, its own included.
+        sliding_window: tokens that "swa" and other windowed mixers look back at, their own included.
         tie_word_embeddings: whether the output head is the embedding.
         initializer_range: standard deviation of the initial weights.
 
@@ -47,7 +57,12 @@ class SLMConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     pattern: str | list[str] = "attn/mlp*4"
+    mixers: dict[str, dict[str, Any]] | None = None
     repeat: int = 1
+    causal: bool = True
+    positions: str = "rope"
+    norm: str = "rms"
+    embedding_norm: bool = False
     max_position_embeddings: int = 1024
     rope_theta: float | int = 10000.0
     rms_norm_eps: float = 1e-6
@@ -69,6 +84,9 @@ class SLMConfig(PreTrainedConfig):
         self._divided("num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs.")
+        self._one_of("positions", ("rope", "learned", "none"))
+        self._one_of("norm", ("rms", "layer"))
+        self._check_options()
         self._derive_layers()
         super().__post_init__(**kwargs)
 
@@ -77,26 +95,47 @@ class SLMConfig(PreTrainedConfig):
         """The blocks as stored; each is run ``repeat`` times."""
         return parse_pattern(self.pattern)
 
+    def options(self, name: str) -> dict[str, Any]:
+        """The options given for the mixer of this name."""
+        return (self.mixers or {}).get(name, {})
+
+    def _check_options(self) -> None:
+        used = {s.name: r for b in self.blocks for s, r in ((b.token, TOKEN_MIXERS), (b.channel, CHANNEL_MIXERS)) if s}
+        for name, options in (self.mixers or {}).items():
+            if name not in used:
+                raise ValueError(f"mixers: {name!r} is not in pattern {self.pattern!r}. {near(name, used)}")
+            known = used[name][name].options()
+            for option in options:
+                if option not in known:
+                    raise ValueError(f"mixers: {name!r} has no option {option!r}. {near(option, known)}")
+
     def _derive_layers(self) -> None:
         if self.repeat < 1:
             raise ValueError(f"repeat={self.repeat} must be at least 1.")
         tokens = [block.token.name for block in self.blocks if block.token is not None]
-        if len(tokens) < len(self.blocks):
+        if self.causal and len(tokens) < len(self.blocks):
             raise ValueError(f"pattern {self.pattern!r}: a decoder's block needs a token mixer; '-' stands for none.")
-        if acausal := [name for name in tokens if not TOKEN_MIXERS[name].causal]:
-            raise ValueError(f"pattern {self.pattern!r}: {acausal[0]!r} sees the future, so a decoder cannot use it.")
-        types = [str(TOKEN_MIXERS[name].cache_type) for name in tokens for _ in range(self.repeat)]
+        for name in dict.fromkeys(tokens):
+            mixer = TOKEN_MIXERS[name]
+            if not (mixer.causal if self.causal else mixer.bidirectional):
+                role = "a decoder (causal=True)" if self.causal else "an encoder (causal=False)"
+                raise ValueError(f"pattern {self.pattern!r}: {name!r} cannot stand in {role}: {mixer.refusal}.")
+        types = [str(TOKEN_MIXERS[name].cache_type or "full_attention") for name in tokens for _ in range(self.repeat)]
         if self.num_hidden_layers not in (None, len(types)):
             raise ValueError(
                 f"num_hidden_layers={self.num_hidden_layers}, but pattern {self.pattern!r} with repeat={self.repeat} "
                 f"makes {len(types)} layers; leave num_hidden_layers out and change the pattern."
             )
-        if ("sliding_attention" in types) != (self.sliding_window is not None):
+        if bool(set(_WINDOWED) & set(types)) != (self.sliding_window is not None):
             raise ValueError(
                 f"sliding_window={self.sliding_window} and pattern {self.pattern!r} contradict each other: a window is "
-                "what 'swa' looks at; 'attn' looks at everything."
+                "what 'swa' and its like look at; 'attn' looks at everything."
             )
         self.layer_types, self.num_hidden_layers = types, len(types)
+
+    def _one_of(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, known))}.")
 
     def _divided(self, whole: str, part: str) -> int:
         quotient, rest = divmod(getattr(self, whole), getattr(self, part))

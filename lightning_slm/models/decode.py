@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_slm.models.cache import StaticCache, write_states_
 from lightning_slm.models.modeling import SLMForCausalLM
 from lightning_slm.nn.mixer import Context
-from lightning_slm.nn.rope import rope_angles
 
 
 class Decoder(Protocol):
@@ -94,10 +94,10 @@ def make_decoder(model: nn.Module, batch: int, capacity: int, *, compile: bool =
         capacity: tokens of prompt and continuation together.
         compile: whether single tokens go through ``torch.compile``.
     """
-    if isinstance(model, SLMForCausalLM) and set(model.config.layer_types) <= {"full_attention", "sliding_attention"}:
+    if isinstance(model, SLMForCausalLM):
         return (_CompiledDecoder if compile else _StaticDecoder)(model, batch, capacity)
     if compile:
-        raise ValueError(f"compile=True needs an SLMForCausalLM of attention layers, not {type(model).__name__}.")
+        raise ValueError(f"compile=True needs an SLMForCausalLM, not {type(model).__name__}.")
     return _CacheDecoder(model)
 
 
@@ -116,28 +116,6 @@ class _CacheDecoder:
         return out.logits[:, -1]
 
 
-class _StaticCache:
-    """Keys and values of every virtual layer in buffers made once; the step looks at the filled part."""
-
-    def __init__(self, model: SLMForCausalLM, batch: int, capacity: int) -> None:
-        # The norm is in the precision that blocks compute in, whatever embeddings are packed into.
-        config, weight = model.config, model.model.norm.weight
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in config.layer_types] for _ in range(2)
-        )
-        self.windows = [config.sliding_window if t == "sliding_attention" else capacity for t in config.layer_types]
-        self.length = 0
-
-    def update(self, k_BKTd: Tensor, v_BKTd: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        end = self.length + k_BKTd.shape[2]
-        keys[:, :, self.length : end] = k_BKTd
-        values[:, :, self.length : end] = v_BKTd
-        start = max(0, end - self.windows[layer_idx]) if k_BKTd.shape[2] == 1 else 0
-        return keys[:, :, start:end], values[:, :, start:end]
-
-
 class _StaticDecoder:
     """Ours in eager mode: each step attends to views of the filled part of the buffers, without any mask."""
 
@@ -148,9 +126,10 @@ class _StaticDecoder:
                 f"{model.config.max_position_embeddings}; lower max_new_tokens or shorten the prompt."
             )
         self.model, self.config = model, model.config
-        self.cache = _StaticCache(model, batch, capacity)
-        positions = torch.arange(capacity, device=model.device)[None]
-        self.cos, self.sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        # The norm is in the precision that blocks compute in, whatever embeddings are packed into.
+        weight = model.model.norm.weight
+        self.cache = StaticCache(self.config, batch, capacity, weight.dtype, weight.device)
+        self.rope = model.model.rope(torch.arange(capacity, device=model.device)[None])
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         T = ids_BT.shape[1]
@@ -162,18 +141,20 @@ class _StaticDecoder:
         if self.cache.length:
             raise ValueError("a decoder reads its prompt once, then one token at a time; make a new one.")
         x_BTD = self.model.model.embed_tokens(ids_BT)
-        context = self.model.model.context(x_BTD)
+        context, positions = self.model.model.context(x_BTD)
         context.cache = self.cache
-        return _logits_of_last(self.model, x_BTD, context)
+        return _logits_of_last(self.model, x_BTD, positions, context)
 
     def step(self, ids_B1: Tensor) -> Tensor:
         now = slice(self.cache.length, self.cache.length + 1)
-        context = Context((self.cos[:, :, now], self.sin[:, :, now]), cache=self.cache)
-        return _logits_of_last(self.model, self.model.model.embed_tokens(ids_B1), context)
+        rope = None if self.rope is None else (self.rope[0][:, :, now], self.rope[1][:, :, now])
+        position_11 = torch.full((1, 1), self.cache.length, device=ids_B1.device)
+        x_B1D = self.model.model.embed_tokens(ids_B1)
+        return _logits_of_last(self.model, x_B1D, position_11, Context(rope, cache=self.cache))
 
 
-def _logits_of_last(model: SLMForCausalLM, x_BTD: Tensor, context: Context) -> Tensor:
-    x_BTD = model.model.run_blocks(x_BTD, context)
+def _logits_of_last(model: SLMForCausalLM, x_BTD: Tensor, positions_BT: Tensor, context: Context) -> Tensor:
+    x_BTD = model.model.run_blocks(model.model.enter(x_BTD, positions_BT), context)
     return model.lm_head(model.model.norm(x_BTD[:, -1]))
 
 
@@ -190,7 +171,8 @@ class _CompiledDecoder(_StaticDecoder):
 
     def step(self, ids_B1: Tensor) -> Tensor:
         position_1 = torch.tensor([self.cache.length], device=ids_B1.device)
-        return _compiled_step()(self.model, self.cache.keys, self.cache.values, ids_B1, position_1)
+        cache = self.cache
+        return _compiled_step()(self.model, cache.keys, cache.values, cache.states, ids_B1, position_1)
 
 
 @cache
@@ -199,29 +181,44 @@ def _compiled_step() -> Callable[..., Tensor]:
 
 
 def _static_step(
-    model: SLMForCausalLM, keys: list[Tensor], values: list[Tensor], ids_B1: Tensor, position_1: Tensor
+    model: SLMForCausalLM,
+    keys: list[Tensor],
+    values: list[Tensor],
+    states: list[dict[str, Tensor]],
+    ids_B1: Tensor,
+    position_1: Tensor,
 ) -> Tensor:
-    config = model.config
-    distance_S = position_1 - torch.arange(keys[0].shape[2], device=position_1.device)
-    masks = {"full_attention": distance_S >= 0}
-    if config.sliding_window is not None:
-        masks["sliding_attention"] = (distance_S >= 0) & (distance_S < config.sliding_window)
-    context = Context(
-        rope=rope_angles(position_1[None], config.head_dim, config.rope_theta),
-        masks={kind: mask_S[None, None, None] for kind, mask_S in masks.items()},
-        cache=_IndexedCache(keys, values, position_1),
-    )
-    return _logits_of_last(model, model.model.embed_tokens(ids_B1), context)
+    kinds = {
+        "full_attention": ("full_attention", "hybrid"),
+        "sliding_attention": ("sliding_attention", "hybrid_sliding"),
+    }
+    masks: dict[str, Tensor | None] = {}
+    for kind, types in kinds.items():
+        sizes = [k.shape[2] for k, layer_type in zip(keys, model.config.layer_types) if layer_type in types]
+        if sizes:  # a ring is full of what may be seen once it has been filled
+            masks[kind] = (torch.arange(sizes[0], device=position_1.device) <= position_1)[None, None, None]
+    cache = _IndexedCache(keys, values, states, position_1)
+    context = Context(model.model.rope(position_1[None]), masks, cache)
+    return _logits_of_last(model, model.model.embed_tokens(ids_B1), position_1[None], context)
 
 
 class _IndexedCache:
     """The same buffers, written at a position that is a tensor."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], position_1: Tensor) -> None:
-        self.keys, self.values, self.position_1 = keys, values, position_1
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], states: list[dict[str, Tensor]], position_1: Tensor
+    ) -> None:
+        self.keys, self.values, self.states, self.position_1 = keys, values, states, position_1
 
     def update(self, k_BK1d: Tensor, v_BK1d: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys.index_copy_(2, self.position_1, k_BK1d)
-        values.index_copy_(2, self.position_1, v_BK1d)
+        slot_1 = self.position_1 % keys.shape[2]
+        keys.index_copy_(2, slot_1, k_BK1d)
+        values.index_copy_(2, slot_1, v_BK1d)
         return keys, values
+
+    def state(self, layer_idx: int) -> dict[str, Tensor]:
+        return self.states[layer_idx]
+
+    def keep(self, layer_idx: int, state: dict[str, Tensor]) -> None:
+        write_states_(self.states[layer_idx], state)

@@ -35,7 +35,8 @@ class NextTokenLoss:
     def __call__(
         self, batch: dict[str, Tensor], labels_N: Tensor, extra: Sequence[LogitsLoss] = (), ce_weight: float = 1.0
     ) -> Tensor:
-        """``ce_weight`` times the cross-entropy in nats, summed over the labels, plus the sum of ``extra``.
+        """``ce_weight`` times the cross-entropy in nats, summed over the labels, plus the sum of ``extra``, and in
+        training, for each label, what the model adds to the loss (``aux_loss`` of its output: routers).
 
         Raises:
             ValueError: more tokens than the model has positions, or inputs that it does not take.
@@ -46,13 +47,21 @@ class NextTokenLoss:
             self.in_parts = self._is_in_parts()
         parts = backbone_and_head(self.model) if self.in_parts else None
         if parts is None:
-            logits_BTV = _logits(self.model(ids_BT, **options))
-            return linear_cross_entropy(
+            out = self.model(ids_BT, **options)
+            logits_BTV = _logits(out)
+            loss = linear_cross_entropy(
                 logits_BTV[:, :-1].flatten(0, 1), nn.Identity(), labels_N, extra=extra, ce_weight=ce_weight
             )
+            return self._with_aux(loss, out, labels_N)
         backbone, head = parts
-        hidden_BTD = backbone(ids_BT, **options).last_hidden_state
-        return linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, labels_N, extra=extra, ce_weight=ce_weight)
+        out = backbone(ids_BT, **options)
+        rows_ND = out.last_hidden_state[:, :-1].flatten(0, 1)
+        loss = linear_cross_entropy(rows_ND, head, labels_N, extra=extra, ce_weight=ce_weight)
+        return self._with_aux(loss, out, labels_N)
+
+    def _with_aux(self, loss: Tensor, out: Any, labels_N: Tensor) -> Tensor:
+        aux_loss = getattr(out, "aux_loss", None) if self.model.training else None
+        return loss if aux_loss is None else loss + aux_loss * (labels_N != -100).sum()
 
     def _is_in_parts(self) -> bool:
         if not isinstance(self.model, PreTrainedModel):

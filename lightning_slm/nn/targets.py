@@ -8,6 +8,12 @@ from torch import nn
 
 from lightning_slm.errors import near
 
+# Parameters that no technique may touch, by the names they have in ours and in Hugging Face's models: decays and mixing
+# weights of recurrences, and routers, where a rounded or lost weight changes what the layer is.
+NEVER = (
+    "A_log", "D", "dt_bias", "time_decay", "time_first", "time_faaaa", "time_maa*", "time_mix*", "*router*", "conv1d",
+)  # fmt: skip
+
 # A pattern matches the module ("layers.0.mixer.q_proj") or the parameter ("layers.0.mixer.q_proj.weight").
 Patterns = str | Sequence[str]
 
@@ -66,13 +72,22 @@ def weight_matrices(model: nn.Module) -> Iterator[Target]:
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | output_heads(model)
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        protected = getattr(module, "_slm_protected", ())
         for attribute, p in module.named_parameters(recurse=False):
-            if p.ndim != 2 or id(p) in embedded or id(p) in seen or attribute in protected:
+            if p.ndim != 2 or id(p) in embedded or id(p) in seen or is_protected(module_name, module, attribute):
                 continue
             seen.add(id(p))
             input_dim = 0 if type(module).__name__ == "Conv1D" else 1
             yield Target(f"{module_name}.{attribute}".lstrip("."), module, attribute, input_dim)
+
+
+def is_protected(module_name: str, module: nn.Module, attribute: str) -> bool:
+    """Whether no technique may touch this parameter: its module says so, or it has one of the names in ``NEVER``."""
+    own_name = module_name.rpartition(".")[2]
+    return (
+        attribute in getattr(module, "_slm_protected", ())
+        or "Router" in type(module).__name__
+        or any(fnmatchcase(name, pattern) for name in (attribute, own_name) for pattern in NEVER)
+    )
 
 
 def output_heads(model: nn.Module) -> set[int]:

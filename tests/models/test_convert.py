@@ -129,7 +129,7 @@ def test_a_variant_that_ours_lacks_is_refused(values, message):
 
 def test_another_architecture_is_refused():
     other = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match=r"Llama-format.*'gpt2'"):
+    with pytest.raises(ValueError, match=r"from_hf reads llama, mistral.*'gpt2'"):
         SLMForCausalLM.from_hf(other)
 
 

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM
 
-from lightning_slm.models import SLMConfig, SLMForCausalLM
+from lightning_slm.models import SLMCache, SLMConfig, SLMForCausalLM
 
 B, T, V = 2, 13, 61
 PATTERNS = {
@@ -59,7 +59,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(model):
     ids_BT = tokens()
     whole = model(ids_BT).logits
     for pieces in ([T - 1, 1], [5, 8], [1] * T):
-        cache, logits = DynamicCache(config=model.config), []
+        cache, logits = SLMCache(model.config), []
         for part in ids_BT.split(pieces, 1):
             logits.append(model(part, past_key_values=cache).logits)
         close(torch.cat(logits, 1), whole)
@@ -204,7 +204,7 @@ def test_too_long_a_sequence_is_refused_also_through_the_cache():
     model = build()
     with pytest.raises(ValueError, match="65 tokens are more than max_position_embeddings=64"):
         model(tokens(1, 65))
-    cache = DynamicCache(config=model.config)
+    cache = SLMCache(model.config)
     model(tokens(1, 60), past_key_values=cache)
     with pytest.raises(ValueError, match="65 tokens"):
         model(tokens(1, 5), past_key_values=cache)

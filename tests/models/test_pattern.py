@@ -90,8 +90,25 @@ def test_a_mixer_that_sees_the_future_is_refused(monkeypatch):
     from lightning_slm.nn.mixer import Mixer
 
     class Bidirectional(Mixer):
-        causal = False
+        causal, refusal = False, "it looks at everything"
 
     monkeypatch.setitem(registry.TOKEN_MIXERS, "bidi", Bidirectional)
-    with pytest.raises(ValueError, match="'bidi' sees the future"):
+    with pytest.raises(ValueError, match=r"'bidi' cannot stand in a decoder .*: it looks at everything"):
         SLMConfig(pattern="bidi/mlp")
+
+
+def test_options_of_mixers_are_checked(monkeypatch):
+    from lightning_slm.models import registry
+    from lightning_slm.nn.mixer import Mixer
+
+    class Sized(Mixer):
+        @classmethod
+        def from_config(cls, config, *, size=3):
+            return cls()
+
+    monkeypatch.setitem(registry.TOKEN_MIXERS, "sized", Sized)
+    assert SLMConfig(pattern="sized/mlp", mixers={"sized": {"size": 4}}).options("sized") == {"size": 4}
+    with pytest.raises(ValueError, match=r"'sized' has no option 'siz'. Near names: 'size'"):
+        SLMConfig(pattern="sized/mlp", mixers={"sized": {"siz": 4}})
+    with pytest.raises(ValueError, match="'sized' is not in pattern 'attn/mlp'"):
+        SLMConfig(pattern="attn/mlp", mixers={"sized": {"size": 4}})

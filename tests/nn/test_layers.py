@@ -38,14 +38,16 @@ def test_attention_is_the_naive_twin_with_any_grouping_of_heads(H, K):
     same_with_gradients(layer(x_BTD, Context(rope), 0), naive_layer(layer, x_BTD, rope), x_BTD, *layer.parameters())
 
 
-def test_a_sliding_window_sees_its_own_and_the_tokens_just_before():
-    layer, x_BTD = SlidingWindowAttention(D, 4, 2, 6), torch.randn(B, T, D, requires_grad=True)
+@pytest.mark.parametrize("window", [1, 3, 4, 11, 20])
+def test_a_sliding_window_sees_its_own_and_the_tokens_just_before(window):
+    layer, x_BTD = SlidingWindowAttention(D, 4, 2, 6, window), torch.randn(B, T, D, requires_grad=True)
     rope = rope_angles(torch.arange(T)[None], 6, 100.0)
     distance_TT = torch.arange(T)[:, None] - torch.arange(T)
-    mask = ((distance_TT >= 0) & (distance_TT < 3))[None, None]
-    fast = layer(x_BTD, Context(rope, {"sliding_attention": mask}), 0)
-    same_with_gradients(fast, naive_layer(layer, x_BTD, rope, window=3), x_BTD, *layer.parameters())
-    assert not torch.allclose(fast, naive_layer(layer, x_BTD, rope), atol=1e-4)
+    mask = ((distance_TT >= 0) & (distance_TT < window))[None, None]
+    naive = naive_layer(layer, x_BTD, rope, window)
+    same_with_gradients(layer(x_BTD, Context(rope), 0), naive, x_BTD, *layer.parameters())
+    masked = layer(x_BTD, Context(rope, {"sliding_attention": mask}), 0)
+    torch.testing.assert_close(masked, naive, rtol=1e-5, atol=1e-5)
 
 
 def test_one_new_token_attends_to_all_that_the_cache_returns():

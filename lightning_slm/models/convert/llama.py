@@ -1,8 +1,8 @@
-"""To and from Hugging Face's Llama: the same function, its matrices split or stacked, and other names."""
+"""To and from Hugging Face's Llama (and Mistral, which is Llama with a window)."""
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from lightning_slm.models.configuration import SLMConfig
 from lightning_slm.models.modeling import SLMForCausalLM
@@ -24,22 +24,6 @@ _SAME_VALUES = (
 )  # fmt: skip
 
 
-def from_llama(theirs: PreTrainedModel) -> SLMForCausalLM:
-    """Our model with the weights of a Llama (or Mistral) in ``transformers``.
-
-    Raises:
-        ValueError: another architecture, or a variant that ours does not have (biases, scaled rotary positions).
-    """
-    model = SLMForCausalLM(from_llama_config(theirs.config))
-    nn.Module.to(model, theirs.dtype)
-    source = theirs.state_dict()
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            target.copy_(torch.cat([source[part] for part in _llama_names(name)]))
-    model.generation_config = theirs.generation_config
-    return model.train(theirs.training)
-
-
 def to_llama(model: SLMForCausalLM) -> LlamaForCausalLM:
     """The same function as ``LlamaForCausalLM``: what llama.cpp, vLLM and every other runtime reads.
 
@@ -51,7 +35,7 @@ def to_llama(model: SLMForCausalLM) -> LlamaForCausalLM:
     target = theirs.state_dict()
     with torch.no_grad():
         for name, source in model.state_dict().items():
-            parts = _llama_names(name)
+            parts = names(name)
             for part, rows in zip(parts, source.split([len(target[part]) for part in parts])):
                 target[part].copy_(rows)
     theirs.generation_config = model.generation_config
@@ -60,8 +44,6 @@ def to_llama(model: SLMForCausalLM) -> LlamaForCausalLM:
 
 def from_llama_config(theirs: PreTrainedConfig) -> SLMConfig:
     """The configuration of a Llama or Mistral as a pattern of ours."""
-    if theirs.model_type not in ("llama", "mistral"):
-        raise ValueError(f"from_hf reads Llama-format models (llama, mistral), not {theirs.model_type!r}.")
     rope = dict(theirs.rope_parameters)
     variants = {
         "rope_type": (rope.get("rope_type", "default"), "default"),
@@ -87,8 +69,8 @@ def to_llama_config(ours: PreTrainedConfig) -> LlamaConfig:
         ValueError: another pattern; says which block.
     """
     for i, block in enumerate(ours.blocks):
-        names = [None if spec is None else (spec.name, spec.label) for spec in (block.token, block.channel)]
-        if names not in ([("attn", None), ("mlp", None)], [("attn", None), ("smooth_mlp", None)]):
+        held = [None if spec is None else (spec.name, spec.label) for spec in (block.token, block.channel)]
+        if held not in ([("attn", None), ("mlp", None)], [("attn", None), ("smooth_mlp", None)]):
             raise ValueError(
                 f"to_hf: block {i} of pattern {ours.pattern!r} is no plain attn/mlp of its own, as all of Llama's are; "
                 "save_pretrained keeps the model as it is."
@@ -102,7 +84,7 @@ def to_llama_config(ours: PreTrainedConfig) -> LlamaConfig:
     )
 
 
-def _llama_names(name: str) -> list[str]:
+def names(name: str) -> list[str]:
     """Llama's parameters that one of ours is stacked from."""
     if name in _OUTSIDE:
         return [name]
