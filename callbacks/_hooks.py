@@ -4,7 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_slm.nn.sharded import flattens_weights
+from lightning_slm.nn.targets import what_is_left_alone
 
 Undo = Callable[[], None]
 
@@ -50,6 +53,12 @@ def refuse_flat_weights(callback: Any, trainer: Any) -> None:
             f"{type(callback).__name__} needs the weights as matrices, and {found} keeps them in flat buffers: use "
             'strategy="slm_fsdp2", which shards the same states (zero_stage=2 or 3), "slm_zero1", or "ddp".'
         )
+
+
+def say_what_is_left_alone(who: Any, model: Any) -> None:
+    """Tell the user which weights compression does not touch, once a run."""
+    if (what := what_is_left_alone(model)) is not None:
+        rank_zero_info(f"{type(who).__name__}: {what}.")
 
 
 def when_layers_exist(pl_module: Any, work: Callable[[], None]) -> Undo:

@@ -96,8 +96,10 @@ class CompressionReport(Callback):
 
     def _measure(self, trainer: Any, pl_module: Any, source: nn.Module, quantized: Any) -> Measured:
         """With the state of every random generator put back: training must not notice."""
+        predicts = getattr(pl_module, "task", "causal") not in ("masked", "classification")  # the next token
         with isolate_rng():
-            batches = list(itertools.islice(validation_loader(trainer, pl_module) or (), self.batches))
+            loader = validation_loader(trainer, pl_module) if predicts else None
+            batches = list(itertools.islice(loader or (), self.batches))
             method = self._method(trainer.datamodule, source, quantized)
             return measure_model(source, batches, method, trainer.strategy.root_device)
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_slm.callbacks._hooks import Undo, refuse_flat_weights, when_layers_exist
+from lightning_slm.callbacks._hooks import Undo, refuse_flat_weights, say_what_is_left_alone, when_layers_exist
 from lightning_slm.errors import NoEffectWarning
 from lightning_slm.nn.sharded import whole
 from lightning_slm.nn.targets import Patterns, Target, weight_targets
@@ -88,6 +88,7 @@ class GradualPruning(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Weights, optimizer and our state are restored now, under any strategy: find the masks in the weights."""
         self._choose(pl_module)  # again: another callback may have swapped the layers
+        say_what_is_left_alone(self, pl_module)
         for optimizer in trainer.optimizers:
             self._undo.append(optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)).remove)
         if self._ramp is None:

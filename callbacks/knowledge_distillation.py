@@ -67,6 +67,11 @@ class KnowledgeDistillation(Callback):
                 f"{type(pl_module).__name__} optimises manually, so its training step returns no loss to add to: call "
                 "lightning_slm.distillation.distillation_loss(...) there, and leave this callback away."
             )
+        if (task := getattr(pl_module, "task", "causal")) in ("masked", "classification"):
+            raise ValueError(
+                f"{type(pl_module).__name__} trains for the task {task!r}, but KnowledgeDistillation compares what two "
+                "models say of the next token; leave the callback away."
+            )
         if self.weight == 0:
             warnings.warn("KnowledgeDistillation(weight=0) does not use its teacher.", NoEffectWarning, stacklevel=2)
             return

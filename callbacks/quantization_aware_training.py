@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from lightning_slm.callbacks._hooks import Undo, when_layers_exist
+from lightning_slm.callbacks._hooks import Undo, say_what_is_left_alone, when_layers_exist
 from lightning_slm.errors import NoEffectWarning, near
 from lightning_slm.nn.targets import Patterns
 from lightning_slm.quantization import SCHEMES, enable_fake_quant_, prepare_qat_
@@ -72,6 +72,7 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Weights and our state are restored: find the first step with rounding, and whether it lies behind us."""
+        say_what_is_left_alone(self, pl_module)
         if self._begin_step is None:
             self._begin_step = _step(trainer, self.begin)
         self._switch(pl_module, self.should_round(trainer.global_step))

@@ -18,10 +18,10 @@ _EXPORTS = {
         "QuantizationAwareTraining",
         "ThroughputMonitor",
     ),
-    "lightning_slm.data": ("TextData",),
+    "lightning_slm.data": ("ClassificationData", "TextData"),
     "lightning_slm.errors": ("NoEffectWarning",),
-    "lightning_slm.models": ("SLMConfig", "SLMForCausalLM"),
-    "lightning_slm.modules": ("CausalLM", "MuonAdamW"),
+    "lightning_slm.models": ("SLMConfig", "SLMForCausalLM", "SLMForMaskedLM", "SLMForSequenceClassification"),
+    "lightning_slm.modules": ("CausalLM", "MaskedLM", "MuonAdamW", "SequenceClassifier"),
     "lightning_slm.modules.low_bit_optimizers": ("AdamW4bit", "AdamW8bit", "AdamWFp8"),
     "lightning_slm.strategies": (
         "BitNetPrecision",

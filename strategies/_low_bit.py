@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from lightning.fabric.plugins.precision.utils import _convert_fp_tensor, _DtypeContextManager
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_slm.nn.sharded import flattens_weights
-from lightning_slm.nn.targets import Patterns
+from lightning_slm.nn.targets import Patterns, what_is_left_alone
 
 Base = Literal["32-true", "bf16-mixed", "bf16-true"]
 
@@ -56,6 +57,8 @@ class LowBitPrecision(Precision):
     def connect(self, model: nn.Module, optimizers: Any, lr_schedulers: Any) -> Any:
         """The model is on its device now: autocast there."""
         self._device = next((p.device.type for p in model.parameters()), "cpu")
+        if (what := what_is_left_alone(model)) is not None:
+            rank_zero_info(f"{type(self).__name__}: {what}.")
         return super().connect(model, optimizers, lr_schedulers)
 
     # What the rest computes in.

@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-CARDS = sorted([*(ROOT / "callbacks").glob("*.md"), *(ROOT / "strategies").glob("*.md")])
+FOLDERS = ("callbacks", "strategies", "lightning_slm/nn")
+CARDS = [card for folder in FOLDERS for card in sorted((ROOT / folder).glob("*.md"))]
 SECTIONS = ("In a sentence", "Use it", "Choose", "Costs", "Differs from the reference", "Combines with", "Results")
 BEGIN, END = "<!-- techniques: made by tests/cards.py -->", "<!-- end of techniques -->"
 

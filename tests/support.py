@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.demos.transformer import LightningTransformer, Transformer
 from lightning.pytorch.loggers import Logger
@@ -109,6 +109,20 @@ class ForeignLlama(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class GivenBatches(LightningDataModule):
+    """These very batches, in order, for every stage; with further attributes, as data of ours has them."""
+
+    def __init__(self, given: list[Any], **attributes: Any) -> None:
+        super().__init__()
+        self.given = given
+        vars(self).update(attributes)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        return StatefulDataLoader(self.given, batch_size=None)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class Notes(Logger):

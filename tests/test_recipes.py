@@ -15,12 +15,15 @@ PLUGINS = [name for name in OVERLAYS if "plugins+:" in packaged.recipes()[name].
 CALLBACKS = [name for name in OVERLAYS if "callbacks+:" in packaged.recipes()[name].read_text()]
 
 
-def test_there_is_a_recipe_for_every_preset_and_none_for_anything_else():
-    from lightning_slm.models import PRESETS
+def model_of(recipe):
+    return yaml.safe_load(packaged.recipes()[recipe].read_text())["model"]
 
-    models = {packaged.recipes()[name]: name for name in RECIPES}
-    presets = {yaml.safe_load(path.read_text())["model"]["init_args"]["model"] for path in models}
-    assert presets == set(PRESETS)
+
+def test_there_is_a_recipe_for_every_preset_and_none_for_anything_else():
+    from lightning_slm.models import ENCODERS, PRESETS
+
+    presets = {model_of(name)["init_args"]["model"] for name in RECIPES}
+    assert presets == {*PRESETS, *ENCODERS}
 
 
 def test_list_has_every_recipe_with_a_sentence_and_tells_overlays_apart(capsys):
@@ -98,7 +101,7 @@ def precision(cli):
 def test_each_recipe_builds_under_all_callbacks_at_once(recipe, built):
     cli = built(recipe, *CALLBACKS)
     assert len(ours(cli)) == len(CALLBACKS)
-    assert type(cli.model).__name__ == "CausalLM"
+    assert type(cli.model).__name__ == model_of(recipe)["class_path"].removeprefix("lightning_slm.")
     assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs > 0
 
 

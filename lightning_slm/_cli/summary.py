@@ -45,18 +45,18 @@ def of_training(command: str) -> str:
         *([_line("--minutes", _MINUTES)] if command == "fit" else []),
         _line("--print_config", "print the resolved configuration, and stop"),
         _line("--help-all", "every option (takes a few seconds); --model.help NAME for one class"),
-        f"\nmodel: {_class_options('modules', 'CausalLM', 'model')}",
-        f"\ndata: {_class_options('data', 'TextData', 'data')}",
+        f"\nmodel: {_class_options('modules', 'CausalLM', 'model', 'MaskedLM, SequenceClassifier')}",
+        f"\ndata: {_class_options('data', 'TextData', 'data', 'ClassificationData')}",
         "\ntrainer: lightning.pytorch.Trainer; the ones most used",
         *(_line(f"--trainer.{name}", text) for name, text in _TRAINER),
     ]
     return "\n".join(parts)
 
 
-def _class_options(package: str, name: str, prefix: str) -> str:
+def _class_options(package: str, name: str, prefix: str, others: str) -> str:
     node = _find_class(package, name)
     lines = [_line(f"--{prefix}.{option}", text) for option, text in _arguments(node)]
-    return "\n".join([f"{name}, or --{prefix} ANOTHER_CLASS", *lines])
+    return "\n".join([f"{name}, or --{prefix} ANOTHER_CLASS ({others}, or your own)", *lines])
 
 
 def _find_class(package: str, name: str) -> ast.ClassDef:

@@ -23,6 +23,12 @@ from lightning_slm._cli.progress import StepProgressBar
 from lightning_slm._cli.run_folder import LastCheckpoint, SaveConfig
 from lightning_slm.errors import near
 
+# Which module wrote a checkpoint, by the task that it notes there.
+_MODULES = {
+    "causal": "lightning_slm.CausalLM",
+    "masked": "lightning_slm.MaskedLM",
+    "classification": "lightning_slm.SequenceClassifier",
+}
 # Short names on the command line are those of classes already imported.
 _PUBLIC = ("callbacks", "data", "models", "modules", "strategies")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
@@ -205,5 +211,9 @@ def _with_config_of_checkpoint(args: list[str]) -> list[str]:
         config: dict[str, Any] = yaml.safe_load((run / CONFIG).read_text())
         shared = {key: config[key] for key in ("seed_everything", "trainer", "model", "data")}
         return ["--config", yaml.safe_dump(shared), *args]
-    network = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"].get("model")
-    return ["--config", yaml.safe_dump({"model": {"init_args": {"model": network}}}), *args] if network else args
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    network = stored["hyper_parameters"].get("model")
+    if not network:
+        return args
+    module = {"class_path": _MODULES[stored.get("slm_task", "causal")], "init_args": {"model": network}}
+    return ["--config", yaml.safe_dump({"model": module}), *args]

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-
-from lightning_slm.data.packed import PackedWindows
 
 # Both samplers are DistributedSamplers, because Lightning replaces every other kind when there are several ranks.
 
@@ -39,11 +38,15 @@ class ShuffledWindows(DistributedSampler):
         return self.windows // (self.batch_size * self.ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.windows)
+        order = self.order(np.random.default_rng([self.seed, self.epoch]))
         step = self.batch_size * self.ranks
         for start in range(self.seen, self.windows - step + 1, step):
             mine = start + self.rank * self.batch_size
             yield order[mine : mine + self.batch_size].tolist()
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        """The window numbers of one epoch, one step after another."""
+        return random.permutation(self.windows)
 
 
 class WindowsInOrder(DistributedSampler, SequentialSampler):
@@ -67,7 +70,7 @@ class WindowsInOrder(DistributedSampler, SequentialSampler):
             yield list(self.mine[start:end])
 
 
-def in_order(dataset: PackedWindows, sampler: WindowsInOrder, num_workers: int = 0) -> DataLoader[Any]:
+def in_order(dataset: Dataset[Any], sampler: WindowsInOrder, num_workers: int = 0) -> DataLoader[Any]:
     """The loader of an evaluation."""
     return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, generator=_own_randomness())
 
@@ -85,7 +88,7 @@ class TrainingLoader(StatefulDataLoader):
 
     def __init__(
         self,
-        dataset: PackedWindows,
+        dataset: Dataset[Any],
         sampler: ShuffledWindows,
         num_workers: int = 0,
         data: str = "",
@@ -132,3 +135,51 @@ class TrainingLoader(StatefulDataLoader):
 def _own_randomness() -> torch.Generator:
     """A loader draws seeds for its workers; from here, so that loading does not move the run's random numbers."""
     return torch.Generator().manual_seed(0)
+
+
+class ResumableData(LightningDataModule):
+    """Data whose training batches a killed run takes up again where it stopped, on any number of ranks.
+
+    Args:
+        batch_size: items per step and rank.
+        num_workers: processes that load batches.
+        seed: of the order of the training items.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} is below {least}.")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+
+    def shuffled(self, dataset: Any, order: Callable[..., ShuffledWindows], data: str) -> DataLoader[Any]:
+        """The loader of a training; its state is its place in ``order(items, batch_size, rank=, ranks=, seed=)``.
+
+        Args:
+            dataset: gives a batch for a list of item numbers.
+            data: names what the items are; a place in other data is refused.
+        """
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return self.in_order(dataset)  # that asks for the same batches in every epoch
+        rank, ranks = self.rank_and_ranks()
+        sampler = order(len(dataset), self.batch_size, rank=rank, ranks=ranks, seed=self.seed)
+        return TrainingLoader(dataset, sampler, self.num_workers, data, self._batches_in_flight)
+
+    def in_order(self, dataset: Any) -> DataLoader[Any]:
+        """The loader of an evaluation: every item once."""
+        rank, ranks = self.rank_and_ranks()
+        sampler = WindowsInOrder(len(dataset), self.batch_size, rank=rank, ranks=ranks)
+        return in_order(dataset, sampler, self.num_workers)
+
+    def rank_and_ranks(self) -> tuple[int, int]:
+        """This process's place among those that see different data; of a tensor-parallel group all see the same."""
+        replicas = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (replicas["rank"], replicas["num_replicas"]) if replicas else (0, 1)
+
+    def _batches_in_flight(self) -> int:
+        """1 within a training step, whose batch has been fetched and must come again if the run is resumed there."""
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.ready - progress.processed  # type: ignore[attr-defined]

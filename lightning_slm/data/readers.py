@@ -47,7 +47,7 @@ def read_documents(file: Path, text_column: str, skipped: Counter[str]) -> Itera
     """
     read = READABLE.get(kind_of(file), _read_whole)
     try:
-        with _open(file) as stream:
+        with opened(file) as stream:
             yield from usable(read(stream, f"{file}", text_column), skipped)
     except _Unusable as reason:
         skipped[str(reason)] += 1
@@ -85,7 +85,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _open(file: Path) -> IO[bytes]:
+def opened(file: Path) -> IO[bytes]:
     return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
@@ -145,7 +145,7 @@ def _read_json_lines(stream: IO[bytes], where: str, text_column: str) -> Iterato
 
 def _read_table(delimiter: str) -> Callable[[IO[bytes], str, str], Iterator[Any]]:
     def read(stream: IO[bytes], where: str, text_column: str) -> Iterator[Any]:
-        with _long_fields(), _decoded(stream) as lines:
+        with long_fields(), _decoded(stream) as lines:
             rows = csv.DictReader(lines, delimiter=delimiter)
             if rows.fieldnames is not None:
                 check_column(text_column, rows.fieldnames, where)
@@ -155,7 +155,7 @@ def _read_table(delimiter: str) -> Callable[[IO[bytes], str, str], Iterator[Any]
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """A field may hold a book; Python's own limit is 131,072 characters."""
     limit = csv.field_size_limit(2**31 - 1)
     try:

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from lightning_slm.data import cache as caches
-from lightning_slm.data.loading import ShuffledWindows, TrainingLoader, WindowsInOrder, in_order
+from lightning_slm.data.loading import ResumableData, ShuffledWindows
 from lightning_slm.data.packed import PackedWindows
 from lightning_slm.data.readers import NO_TEXT, check_column, read_documents, usable
 from lightning_slm.data.sources import Corpus, find_corpus
@@ -28,6 +27,7 @@ from lightning_slm.data.tokenizer import (
     train_tokenizer,
     trained_tokenizer,
     vocabulary_needed,
+    with_mask_token,
 )
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _USED_BY = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "p
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
-class TextData(LightningDataModule):
+class TextData(ResumableData):
     """Text for a language model: found, split, tokenised, cached, packed into windows, resumed exactly.
 
     A batch is a dict of int64 tensors of shape (batch_size, window): ``input_ids``; ``labels``, a copy of them, not
@@ -58,6 +58,8 @@ class TextData(LightningDataModule):
         num_workers: processes that load batches; 0 is enough where one step takes milliseconds.
         seed: of the order of the training windows, and of nothing else.
         cache_dir: folder of the token cache. None: $LIGHTNING_SLM_CACHE, else ~/.cache/lightning-slm.
+        mask_token: whether the tokenizer must have a mask token, as MaskedLM needs one. It is added to one that has
+            none; one that is trained here learns a token less for it.
     """
 
     def __init__(
@@ -74,21 +76,15 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | Path | None = None,
+        mask_token: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         check_fractions(val_fraction, test_fraction)
-        for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value} is below {least}.")
+        if window < 2:
+            raise ValueError(f"window={window} is below 2.")
         self.path, self.tokenizer_source, self.vocab_size = path, tokenizer, vocab_size
-        self.window, self.batch_size, self.text_column, self.document_mask = (
-            window,
-            batch_size,
-            text_column,
-            document_mask,
-        )
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.num_workers, self.seed = num_workers, seed
+        self.window, self.text_column, self.document_mask = window, text_column, document_mask
+        self.val_fraction, self.test_fraction, self.mask_token = val_fraction, test_fraction, mask_token
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches.default_cache_dir()
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._cache: caches.TokenCache | None = None
@@ -149,40 +145,37 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled windows; its state is its place, so that Lightning resumes it exactly."""
         windows = self._windows("train")
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            # That asks for the same batches in every epoch.
-            return self._in_order("train")
-        rank, ranks = self._rank_and_ranks()
-        order = ShuffledWindows(len(windows), self.batch_size, rank=rank, ranks=ranks, seed=self.seed)
-        data = f"{self.cache.folder.name}/{self.window}"
-        return TrainingLoader(windows, order, self.num_workers, data, self._batches_in_flight)
+        return self.shuffled(windows, ShuffledWindows, f"{self.cache.folder.name}/{self.window}")
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation windows in order; none where ``val_fraction`` is 0."""
-        return self._in_order("val") if self.val_fraction > 0 else []
+        return self.in_order(self._windows("val")) if self.val_fraction > 0 else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test windows in order."""
-        return self._in_order("test")
+        return self.in_order(self._windows("test"))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test windows in order."""
-        return self._in_order("test")
+        return self.in_order(self._windows("test"))
 
     # How it is done.
 
     def _make_tokenizer(self, corpus: Corpus, content: str) -> PreTrainedTokenizerFast:
         if self.tokenizer_source is not None:
-            return load_tokenizer(str(self.tokenizer_source))
-        key = caches.digest(content, *self._split_key(), self.vocab_size)
+            given = load_tokenizer(str(self.tokenizer_source))
+            return with_mask_token(given) if self.mask_token else given
+        size = self.vocab_size - 1 if self.mask_token else self.vocab_size
+        key = caches.digest(content, *self._split_key(), size)
 
         def train() -> PreTrainedTokenizerFast:
-            log.info("Training a byte-level BPE of %d tokens on %s", self.vocab_size, corpus.name)
+            log.info("Training a byte-level BPE of %d tokens on %s", size, corpus.name)
             documents = self._documents(corpus, Counter())
-            return train_tokenizer((text for text in documents if self._split_of(text) == "train"), self.vocab_size)
+            return train_tokenizer((text for text in documents if self._split_of(text) == "train"), size)
 
         with caches.locked(self.cache_dir / "tokenizers", key):
-            return trained_tokenizer(self.cache_dir / "tokenizers" / f"{key}.json", train)
+            trained = trained_tokenizer(self.cache_dir / "tokenizers" / f"{key}.json", train)
+        return with_mask_token(trained) if self.mask_token else trained
 
     def _encode(self, corpus: Corpus, folder: Path) -> caches.TokenCache:
         assert self._tokenizer is not None
@@ -210,7 +203,7 @@ class TextData(LightningDataModule):
 
     def _check_windows(self, split: str) -> None:
         rank_windows = 1 if split != "train" else self.batch_size
-        needed = rank_windows * self._rank_and_ranks()[1]
+        needed = rank_windows * self.rank_and_ranks()[1]
         counts = self.cache.splits[split]
         if counts.tokens // self.window < needed:
             fraction = f"raise {split}_fraction={self._fraction(split)}, " if split != "train" else "lower batch_size, "
@@ -223,13 +216,6 @@ class TextData(LightningDataModule):
         self._check_windows(split)
         return PackedWindows(self.cache, split, self.window, self.document_mask)
 
-    def _in_order(self, split: str) -> DataLoader[Any]:
-        windows = self._windows(split)
-        rank, ranks = self._rank_and_ranks()
-        return in_order(
-            windows, WindowsInOrder(len(windows), self.batch_size, rank=rank, ranks=ranks), self.num_workers
-        )
-
     def _split_of(self, text: str) -> str:
         return split_of(text, self.val_fraction, self.test_fraction)
 
@@ -238,18 +224,6 @@ class TextData(LightningDataModule):
 
     def _fraction(self, split: str) -> float:
         return {"val": self.val_fraction, "test": self.test_fraction}[split]
-
-    def _rank_and_ranks(self) -> tuple[int, int]:
-        """This process's place among those that see different data; of a tensor-parallel group all see the same."""
-        replicas = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (replicas["rank"], replicas["num_replicas"]) if replicas else (0, 1)
-
-    def _batches_in_flight(self) -> int:
-        """1 within a training step, whose batch has been fetched and must come again if the run is resumed there."""
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.ready - progress.processed  # type: ignore[attr-defined]
 
 
 def _embedding_rows(module: Any) -> int | None:

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_slm.data.readers import END_OF_TEXT
 from lightning_slm.errors import near
@@ -21,9 +21,12 @@ _GROUP = 1 << 22  # characters encoded at once: all cores stay busy, and a group
 # The two spellings of GPT-2's vocabulary and merges; Hugging Face reads the second only where a config names its class.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
+_MASKS = ("<mask>", "[MASK]", "<|mask|>")
+
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """A tokenizer from a tokenizer.json, GPT-2's pair of files, a folder that `AutoTokenizer` reads, or a hub name.
+    """A tokenizer from a tokenizer.json, BERT's vocab.txt, GPT-2's pair of files, a folder that `AutoTokenizer` reads,
+    a checkpoint of ours, or a hub name.
 
     Raises:
         ValueError: there is none, or none that encodes batches on all cores (a "fast" tokenizer).
@@ -36,7 +39,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         hint = "" if place.exists() else f" {near(place.name, siblings)} Without a network, pass a local path."
         raise ValueError(
             f"tokenizer={source!r} could not be read ({type(error).__name__}: {error}). Wanted: a tokenizer.json, a "
-            f"folder with one, or with GPT-2's two files, or that AutoTokenizer reads, or a name of the hub.{hint}"
+            f"vocab.txt of BERT's, a folder with one, or with GPT-2's two files, or that AutoTokenizer reads, a "
+            f"checkpoint of ours, or a name of the hub.{hint}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
@@ -156,8 +160,10 @@ def _special_tokens_as_text(backend: Tokenizer) -> Iterator[None]:
 
 def _from_disk(place: Path) -> PreTrainedTokenizerBase:
     if place.is_file():
-        return _from_json(place)
+        return _FROM_FILE.get(place.suffix, _from_json)(place)
     if not _described(place):
+        if (place / "vocab.txt").is_file():
+            return _from_vocabulary(place / "vocab.txt")
         for vocabulary, merges in _GPT2_FILES:
             if (place / vocabulary).is_file() and (place / merges).is_file():
                 return GPT2Tokenizer(vocab=str(place / vocabulary), merges=str(place / merges))
@@ -174,6 +180,45 @@ def _described(folder: Path) -> bool:
 def _from_json(file: Path) -> PreTrainedTokenizerFast:
     json.loads(file.read_text())  # a readable reason, where `tokenizers` has none
     return PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
+
+
+def _from_vocabulary(file: Path) -> PreTrainedTokenizerFast:
+    """BERT's WordPiece; in lower case, if the vocabulary is: it knows no other word with a capital letter then."""
+    words = [word for word in file.read_text(encoding="utf-8").split("\n") if word]
+    cased = any(word != word.lower() and not word.startswith("[") for word in words)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    if "[UNK]" not in vocabulary:
+        raise ValueError("it has no [UNK], so it is not a vocabulary of BERT's")
+    return BertTokenizer(vocab=vocabulary, do_lower_case=not cased)
+
+
+def _from_checkpoint(file: Path) -> PreTrainedTokenizerFast:
+    from lightning_slm.modules.stored import (
+        tokenizer_in,
+    )  # modules stand on the same floor, and know TextData's batches
+
+    tokenizer = tokenizer_in(file)
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer in it")
+    return tokenizer
+
+
+_FROM_FILE: dict[str, Callable[[Path], PreTrainedTokenizerBase]] = {
+    ".ckpt": _from_checkpoint,
+    ".txt": _from_vocabulary,
+}
+
+
+def with_mask_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, which then has a mask token: its own, or what its vocabulary calls so, or a new one at the end.
+
+    Text that spells it is encoded as the text it is, as with all special tokens.
+    """
+    if tokenizer.mask_token_id is None:
+        known = tokenizer.get_vocab()
+        name = next((name for name in _MASKS if name in known), _MASKS[0])
+        tokenizer.add_special_tokens({"mask_token": name})
+    return tokenizer
 
 
 def _with_end_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -150,8 +150,10 @@ class StaticCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.windowed = [kind in _SLIDING for kind in config.layer_types]
+        self.meta_tokens = config.meta_tokens  # a window keeps them as states
         for kind in config.layer_types:
-            size = min(config.sliding_window, capacity) if kind in _SLIDING else capacity if kind in _FULL else 0
+            size = min(config.sliding_window, capacity) if kind in _SLIDING else 0
+            size = capacity + self.meta_tokens if kind in _FULL else size
             shape = (batch, config.num_key_value_heads, size, config.head_dim)
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
@@ -161,13 +163,16 @@ class StaticCache:
     def update(self, k_BKTd: Tensor, v_BKTd: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Write the new ones; those to look at: all so far, in a ring in no order."""
         keys, values, T = self.keys[layer_idx], self.values[layer_idx], k_BKTd.shape[2]
-        size, end = keys.shape[2], self.length + T
+        if values.shape[3] != v_BKTd.shape[3]:  # values may be wider than keys
+            self.values[layer_idx] = values = values.new_zeros(*values.shape[:3], v_BKTd.shape[3])
+        before = self.length + self.meta_tokens if self.length and not self.windowed[layer_idx] else self.length
+        size, end = keys.shape[2], before + T
         if T > 1 and self.windowed[layer_idx]:  # the prompt: it looks at itself, the ring keeps its end
             slots = torch.arange(max(0, T - size), T, device=keys.device)
             keys[:, :, slots % size] = k_BKTd[:, :, slots]
             values[:, :, slots % size] = v_BKTd[:, :, slots]
             return k_BKTd, v_BKTd
-        at = self.length % size if self.windowed[layer_idx] else self.length
+        at = before % size
         keys[:, :, at : at + T] = k_BKTd
         values[:, :, at : at + T] = v_BKTd
         return keys[:, :, : min(end, size)], values[:, :, : min(end, size)]

@@ -33,7 +33,11 @@ class SLMConfig(PreTrainedConfig):
             patterns whose other mixers tell it.
         norm: "rms" or "layer" (with a bias), before every mixer and at the end.
         embedding_norm: whether a norm follows the embedding, too (RWKV).
-        max_position_embeddings: longest sequence.
+        reversible: two residual streams that can be computed back, so that training keeps the activations of no block
+            (`lightning_slm.models.reversible`); not a drop-in for trained weights.
+        meta_tokens: learned vectors that stand before every text and that all its tokens see, also beyond a window
+            (Hymba: 128); 0: none. Decoders only.
+        max_position_embeddings: longest sequence, not counting meta tokens.
         rope_theta: base of the rotary wavelengths.
         rms_norm_eps: added to the mean square in every norm.
         sliding_window: tokens that "swa" and other windowed mixers look back at, their own included.
@@ -63,6 +67,8 @@ class SLMConfig(PreTrainedConfig):
     positions: str = "rope"
     norm: str = "rms"
     embedding_norm: bool = False
+    reversible: bool = False
+    meta_tokens: int = 0
     max_position_embeddings: int = 1024
     rope_theta: float | int = 10000.0
     rms_norm_eps: float = 1e-6
@@ -86,6 +92,8 @@ class SLMConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs.")
         self._one_of("positions", ("rope", "learned", "none"))
         self._one_of("norm", ("rms", "layer"))
+        if self.meta_tokens < 0 or (self.meta_tokens and not self.causal):
+            raise ValueError(f"meta_tokens={self.meta_tokens} must be 0, or more in a decoder (causal=True).")
         self._check_options()
         self._derive_layers()
         super().__post_init__(**kwargs)

@@ -7,6 +7,7 @@
 # K = key-value heads, d = head width.
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Protocol
 
@@ -129,7 +130,7 @@ class _StaticDecoder:
         # The norm is in the precision that blocks compute in, whatever embeddings are packed into.
         weight = model.model.norm.weight
         self.cache = StaticCache(self.config, batch, capacity, weight.dtype, weight.device)
-        self.rope = model.model.rope(torch.arange(capacity, device=model.device)[None])
+        self.rope = model.model.rope(torch.arange(capacity, device=model.device)[None] + self.config.meta_tokens)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         T = ids_BT.shape[1]
@@ -154,7 +155,7 @@ class _StaticDecoder:
 
 
 def _logits_of_last(model: SLMForCausalLM, x_BTD: Tensor, positions_BT: Tensor, context: Context) -> Tensor:
-    x_BTD = model.model.run_blocks(model.model.enter(x_BTD, positions_BT), context)
+    x_BTD = model.model.run_blocks(model.model.enter(x_BTD, positions_BT, context), context)
     return model.lm_head(model.model.norm(x_BTD[:, -1]))
 
 
@@ -168,11 +169,15 @@ class _CompiledDecoder(_StaticDecoder):
         longest = model.config.max_position_embeddings
         roomy = max(256, 1 << (capacity - 1).bit_length())
         super().__init__(model, batch, min(roomy, longest) if capacity <= longest else capacity)
+        self.compiled = False
 
     def step(self, ids_B1: Tensor) -> Tensor:
         position_1 = torch.tensor([self.cache.length], device=ids_B1.device)
         cache = self.cache
-        return _compiled_step()(self.model, cache.keys, cache.values, cache.states, ids_B1, position_1)
+        # Each model is compiled once more than the one before it, and those are not without end.
+        with nullcontext() if self.compiled else torch._dynamo.utils.disable_cache_limit():
+            self.compiled = True
+            return _compiled_step()(self.model, cache.keys, cache.values, cache.states, ids_B1, position_1)
 
 
 @cache
@@ -193,26 +198,28 @@ def _static_step(
         "sliding_attention": ("sliding_attention", "hybrid_sliding"),
     }
     masks: dict[str, Tensor | None] = {}
+    behind_meta_1 = position_1 + model.config.meta_tokens
+    slots = {"full_attention": behind_meta_1, "sliding_attention": position_1}  # a ring has no meta tokens
     for kind, types in kinds.items():
         sizes = [k.shape[2] for k, layer_type in zip(keys, model.config.layer_types) if layer_type in types]
         if sizes:  # a ring is full of what may be seen once it has been filled
-            masks[kind] = (torch.arange(sizes[0], device=position_1.device) <= position_1)[None, None, None]
-    cache = _IndexedCache(keys, values, states, position_1)
-    context = Context(model.model.rope(position_1[None]), masks, cache)
+            masks[kind] = (torch.arange(sizes[0], device=position_1.device) <= slots[kind])[None, None, None]
+    of_layers = [position_1 if "sliding" in layer_type else behind_meta_1 for layer_type in model.config.layer_types]
+    context = Context(model.model.rope(behind_meta_1[None]), masks, _IndexedCache(keys, values, states, of_layers))
     return _logits_of_last(model, model.model.embed_tokens(ids_B1), position_1[None], context)
 
 
 class _IndexedCache:
-    """The same buffers, written at a position that is a tensor."""
+    """The same buffers, written at positions that are tensors, one for each layer."""
 
     def __init__(
-        self, keys: list[Tensor], values: list[Tensor], states: list[dict[str, Tensor]], position_1: Tensor
+        self, keys: list[Tensor], values: list[Tensor], states: list[dict[str, Tensor]], positions: list[Tensor]
     ) -> None:
-        self.keys, self.values, self.states, self.position_1 = keys, values, states, position_1
+        self.keys, self.values, self.states, self.positions = keys, values, states, positions
 
     def update(self, k_BK1d: Tensor, v_BK1d: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        slot_1 = self.position_1 % keys.shape[2]
+        slot_1 = self.positions[layer_idx] % keys.shape[2]
         keys.index_copy_(2, slot_1, k_BK1d)
         values.index_copy_(2, slot_1, v_BK1d)
         return keys, values

@@ -27,7 +27,9 @@ from lightning_slm.models.cache import SLMCache
 from lightning_slm.models.configuration import SLMConfig
 from lightning_slm.models.pattern import BlockSpec, MixerSpec
 from lightning_slm.models.registry import CHANNEL_MIXERS, TOKEN_MIXERS
+from lightning_slm.models.reversible import halves, run_reversible
 from lightning_slm.nn.cross_entropy import linear_cross_entropy
+from lightning_slm.nn.meta_tokens import MetaTokens, apart, causal_mask
 from lightning_slm.nn.mixer import Context, Mixer
 from lightning_slm.nn.rms_norm import RMSNorm
 from lightning_slm.nn.rope import rope_angles
@@ -60,13 +62,15 @@ class Block(GradientCheckpointingLayer):
         self.channel_mixer = _own(config, spec.channel, CHANNEL_MIXERS)
 
     def forward(self, x_BTD: Tensor, context: Context, layer_idx: int, shared: nn.ModuleDict) -> Tensor:
-        if self.token_norm is not None:
-            mixer = self.token_mixer if self.token_mixer is not None else shared[_key(self.spec.token)]
-            x_BTD = x_BTD + mixer(self.token_norm(x_BTD), context, layer_idx)
-        if self.channel_norm is not None:
-            mixer = self.channel_mixer if self.channel_mixer is not None else shared[_key(self.spec.channel)]
-            x_BTD = x_BTD + mixer(self.channel_norm(x_BTD), context, layer_idx)
+        for norm, mixer in self.halves(shared):
+            x_BTD = x_BTD + mixer(norm(x_BTD), context, layer_idx)
         return x_BTD
+
+    def halves(self, shared: nn.ModuleDict) -> list[tuple[nn.Module, nn.Module]]:
+        """What it has of token mixer and channel mixer, each with its norm."""
+        token = (self.token_norm, self.token_mixer, self.spec.token)
+        channel = (self.channel_norm, self.channel_mixer, self.spec.channel)
+        return [(n, shared[_key(s)] if m is None else m) for n, m, s in (token, channel) if n is not None]
 
 
 def _key(spec: MixerSpec | None) -> str:
@@ -123,6 +127,7 @@ class SLMModel(SLMPreTrainedModel):
         learned = config.positions == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.embed_norm = make_norm(config) if config.embedding_norm else None
+        self.meta_tokens = MetaTokens(config.meta_tokens, config.hidden_size) if config.meta_tokens else None
         self.layers = nn.ModuleList(Block(config, spec) for spec in config.blocks)
         self.shared = _shared(config)
         self.norm = make_norm(config)
@@ -161,20 +166,29 @@ class SLMModel(SLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = SLMCache(self.config)
         context, positions = self.context(x_BTD, attention_mask, position_ids, past_key_values)
-        x_BTD = self.norm(self.run_blocks(self.enter(x_BTD, positions), context))
+        x_BTD = self.run_blocks(self.enter(x_BTD, positions, context), context)
+        if context.meta:
+            _, x_BTD = apart(x_BTD, context.meta, context.meta_at_B)
+        x_BTD = self.norm(x_BTD)
         if isinstance(past_key_values, SLMCache):
             past_key_values.advance(x_BTD.shape[1])
         aux_loss = torch.stack(context.losses).sum() if context.losses else None
         return SLMOutput(last_hidden_state=x_BTD, past_key_values=past_key_values, aux_loss=aux_loss)
 
-    def enter(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """From embedded tokens to what the first block reads."""
+    def enter(self, x_BTD: Tensor, positions_BT: Tensor, context: Context) -> Tensor:
+        """From embedded tokens to what the first block reads: where the context has meta tokens, these, too."""
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions_BT)
+        if self.meta_tokens is not None and context.meta:
+            x_BTD = self.meta_tokens(x_BTD, context)
         return x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
 
     def run_blocks(self, x_BTD: Tensor, context: Context) -> Tensor:
         """All blocks, each ``config.repeat`` times in place."""
+        if self.config.reversible:
+            if self.gradient_checkpointing and self.training:
+                raise ValueError("reversible=True keeps no activations anyway; call gradient_checkpointing_disable().")
+            return run_reversible(halves(self.layers, self.shared, self.config.repeat), x_BTD, context)
         layer_idx = 0
         for block in self.layers:
             for _ in range(self.config.repeat):
@@ -185,7 +199,7 @@ class SLMModel(SLMPreTrainedModel):
     def context(
         self, x_BTD: Tensor, attention_mask: Any = None, position_ids: Tensor | None = None, cache: Any = None
     ) -> tuple[Context, Tensor]:
-        """What ``run_blocks`` takes for one forward pass, and the tokens' positions, (B or 1, T)."""
+        """What ``enter`` and ``run_blocks`` take for one forward pass, and the tokens' positions, (B or 1, T)."""
         past = cache.get_seq_length() if cache is not None else 0
         T, longest = x_BTD.shape[1], self.config.max_position_embeddings
         if past + T > longest:
@@ -198,11 +212,20 @@ class SLMModel(SLMPreTrainedModel):
             positions = (torch.arange(T, device=x_BTD.device) + past)[None]
         context = Context(self.rope(positions), cache=cache, causal=self.config.causal)
         if isinstance(attention_mask, dict):  # generate() with a static cache has made them already
+            if self.meta_tokens is not None:
+                raise ValueError("With meta_tokens, attention_mask must be of tokens, (B, S), not of pairs.")
             context.masks = attention_mask
             return context, positions
         given = position_ids if cache is None and attention_mask is None else None
         context.tokens_BS = _tokens(attention_mask)
-        context.starts_BT = _starts(T, context.tokens_BS, given)
+        if self.meta_tokens is not None:
+            context.rope = self.rope(self.meta_tokens.place(context, positions, past))
+            if _starts(T, None, given) is not None:
+                raise ValueError(
+                    "meta_tokens stand before the first token of a row, so that documents packed into one cannot be "
+                    "kept apart; leave out position_ids (TextData: document_mask=False)."
+                )
+        context.starts_BT = _starts(T + context.meta, context.tokens_BS, given)
         context.masks = self._masks(x_BTD, attention_mask, position_ids, context)
         return context, positions
 
@@ -217,12 +240,16 @@ class SLMModel(SLMPreTrainedModel):
         types, past = set(self.config.layer_types), 0 if context.cache is None else context.cache.get_seq_length()
         if not self.config.causal:
             return {"full_attention": _two_sided(context)}
-        makers = {}
+        makers, masks = {}, {}
         if types & {"full_attention", "hybrid"}:
-            makers["full_attention"] = create_causal_mask
+            if self.meta_tokens is None:
+                makers["full_attention"] = create_causal_mask
+            else:
+                T, S = x_BTD.shape[1] + context.meta, past + x_BTD.shape[1] + self.config.meta_tokens
+                masks["full_attention"] = causal_mask(T, S, context.tokens_BS, x_BTD.device)
         if types & {"sliding_attention", "hybrid_sliding"} and past:
             makers["sliding_attention"] = create_sliding_window_causal_mask  # else: see `windowed_attention`
-        return {
+        return masks | {
             kind: maker(
                 config=self.config,
                 inputs_embeds=x_BTD,
@@ -273,7 +300,8 @@ class SLMForCausalLM(SLMPreTrainedModel, GenerationMixin):
         if not config.causal:
             raise ValueError("causal=False makes an encoder, which predicts no next token; use SLMForMaskedLM.")
         self.model = SLMModel(config)
-        self._is_stateful = not {"full_attention", "sliding_attention"}.issuperset(config.layer_types or ())
+        keys_only = {"full_attention", "sliding_attention"}.issuperset(config.layer_types or ())
+        self._is_stateful = bool(config.meta_tokens) or not keys_only
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

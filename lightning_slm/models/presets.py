@@ -1,29 +1,7 @@
-"""Published configurations, each with its source and its exact number of parameters."""
+"""Published configurations of decoders, each with its source and its exact number of parameters."""
 
-from dataclasses import dataclass
-from typing import Any
-
-from lightning_slm.models.configuration import SLMConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """One published configuration.
-
-    Attributes:
-        config: arguments of ``SLMConfig``.
-        parameters: number of parameters, those shared counted once.
-        source: where the configuration comes from.
-    """
-
-    config: dict[str, Any]
-    parameters: int
-    source: str
-
-    def build_config(self, **overrides: Any) -> SLMConfig:
-        """The configuration, with single values replaced."""
-        return SLMConfig(**{**self.config, **overrides})
-
+from lightning_slm.models.hybrid_presets import HYBRIDS
+from lightning_slm.models.preset import Preset
 
 _LLAMA = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 _BABY = {"vocab_size": 16000, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -80,4 +58,5 @@ PRESETS: dict[str, Preset] = {
         534_865_920,
         "Thawakar et al. 2024, https://arxiv.org/abs/2402.16840: one feed-forward layer for all blocks",
     ),
+    **HYBRIDS,
 }

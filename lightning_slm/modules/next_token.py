@@ -2,20 +2,19 @@
 
 # Shape letters: B = batch, T = tokens, N = B * (T - 1) predicted positions, D = model width, V = vocabulary.
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_slm.measure.quality import evaluating
+from lightning_slm.modules.inputs import Inputs, few_ids
 from lightning_slm.nn.cross_entropy import LogitsLoss, linear_cross_entropy
 from lightning_slm.nn.language_model import backbone_and_head, is_backbone_and_head, logits_of
 
 
-class NextTokenLoss:
+class NextTokenLoss(Inputs):
     """Summed cross-entropy of ``model`` on a batch.
 
     A model that is nothing but a backbone and an output head is called part by part, so that the logits of only a few
@@ -24,13 +23,9 @@ class NextTokenLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        super().__init__(model)
         # A model on the meta device is looked at when it is first called: it has weights then.
         self.in_parts = None if any(p.is_meta for p in model.parameters()) else self._is_in_parts()
-        self.longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        signature = inspect.signature(model.forward).parameters
-        self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in signature.values())
-        self._takes = set(signature)
 
     def __call__(
         self, batch: dict[str, Tensor], labels_N: Tensor, extra: Sequence[LogitsLoss] = (), ce_weight: float = 1.0
@@ -41,8 +36,7 @@ class NextTokenLoss:
         Raises:
             ValueError: more tokens than the model has positions, or inputs that it does not take.
         """
-        ids_BT, options = batch["input_ids"], self._options(batch)
-        self.check_length(ids_BT.shape[1])
+        ids_BT, options = batch["input_ids"], self.options(batch)
         if self.in_parts is None:
             self.in_parts = self._is_in_parts()
         parts = backbone_and_head(self.model) if self.in_parts else None
@@ -67,27 +61,7 @@ class NextTokenLoss:
         if not isinstance(self.model, PreTrainedModel):
             return False
         with evaluating(self.model):
-            return is_backbone_and_head(self.model, _few_ids(self.model))
-
-    def check_length(self, tokens: int) -> None:
-        """Raises: ValueError: a window longer than the model's positions."""
-        if self.longest is not None and tokens > self.longest:
-            raise ValueError(
-                f"A window of {tokens} tokens is longer than the {self.longest} positions of "
-                f"{type(self.model).__name__}; lower the window of the data, or build the model with "
-                f"max_position_embeddings={tokens}."
-            )
-
-    def _options(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        options: dict[str, Any] = {k: batch[k] for k in ("attention_mask", "position_ids") if batch.get(k) is not None}
-        if refused := [k for k in options if not (self._takes_anything or k in self._takes)]:
-            raise ValueError(
-                f"The batch has {refused}, but {type(self.model).__name__}.forward does not take them; add them to its "
-                "arguments, or leave them out of the batch (TextData: document_mask=False)."
-            )
-        if isinstance(self.model, PreTrainedModel):
-            options["use_cache"] = False
-        return options
+            return is_backbone_and_head(self.model, few_ids(self.model))
 
 
 def next_labels(batch: Any) -> Tensor:
@@ -105,10 +79,6 @@ def next_labels(batch: Any) -> Tensor:
     if batch.get("attention_mask") is not None:
         labels_BT = labels_BT.masked_fill(batch["attention_mask"] == 0, -100)
     return labels_BT[:, 1:].reshape(-1)
-
-
-def _few_ids(model: PreTrainedModel) -> Tensor:
-    return torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
 
 
 def _logits(output: Any) -> Tensor:

@@ -3,14 +3,15 @@ everything or over a sliding window.
 """
 
 # Shape letters: B = batch, T = tokens of this call, S = tokens looked at, D = model width, W = window,
-# H = query heads, K = key-value heads, d = head width, n = windows after the first.
+# M = meta tokens, H = query heads, K = key-value heads, d = head width (v: of values), n = windows after the first.
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_slm.nn.meta_tokens import apart, together
 from lightning_slm.nn.mixer import Context, Mixer
 from lightning_slm.nn.rope import rotate
 
@@ -61,9 +62,7 @@ class Attention(Mixer):
 
     def look(self, q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, context: Context) -> Tensor:
         """What the queries find, (B, H, T, d)."""
-        mask, grouped = context.masks.get("full_attention"), q_BHTd.shape[1] != k_BKSd.shape[1]
-        causal = context.causal and mask is None and q_BHTd.shape[2] > 1
-        return F.scaled_dot_product_attention(q_BHTd, k_BKSd, v_BKSd, mask, is_causal=causal, enable_gqa=grouped)
+        return look_at_all(q_BHTd, k_BKSd, v_BKSd, context)
 
 
 class SlidingWindowAttention(Attention):
@@ -87,50 +86,130 @@ class SlidingWindowAttention(Attention):
         sizes = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         return cls(*sizes, config.sliding_window)
 
-    def look(self, q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, context: Context) -> Tensor:
-        mask, T = context.masks.get("sliding_attention"), q_BHTd.shape[2]
-        if mask is None and T > 1:
-            return windowed_attention(q_BHTd, k_BKSd, v_BKSd, self.window, context.segments_BT)
-        grouped = q_BHTd.shape[1] != k_BKSd.shape[1]
-        return F.scaled_dot_product_attention(q_BHTd, k_BKSd, v_BKSd, mask, enable_gqa=grouped)
+    def forward(self, x_BTD: Tensor, context: Context, layer_idx: int) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q, k, v = self.project(x_BTD, context)
+        y_BHTd = look_back(q, remember(k, v, context, layer_idx), context, self.window)
+        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSv: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """PyTorch's fused kernel, (B, H, T, v). It wants keys as wide as values: narrower ones are filled up with zeros."""
+    grouped, wider, scale = q_BHTd.shape[1] != k_BKSd.shape[1], v_BKSv.shape[-1] - q_BHTd.shape[-1], None
+    if wider > 0 and q_BHTd.shape[2] > 1:
+        scale = q_BHTd.shape[-1] ** -0.5
+        q_BHTd, k_BKSd = F.pad(q_BHTd, (0, wider)), F.pad(k_BKSd, (0, wider))
+    return F.scaled_dot_product_attention(
+        q_BHTd, k_BKSd, v_BKSv, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def look_at_all(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSv: Tensor, context: Context) -> Tensor:
+    """Attention to everything that the context allows, (B, H, T, v)."""
+    mask = context.masks.get("full_attention")
+    return attend(q_BHTd, k_BKSd, v_BKSv, mask, context.causal and mask is None and q_BHTd.shape[2] > 1)
+
+
+class Seen(NamedTuple):
+    """Keys and values to look back at; those of meta tokens apart, for they stay when the window has moved on."""
+
+    k_BKSd: Tensor
+    v_BKSv: Tensor
+    meta: tuple[Tensor, Tensor] | None
+
+
+def remember(k_BKTd: Tensor, v_BKTv: Tensor, context: Context, layer_idx: int) -> Seen:
+    """These keys and values and those of earlier calls. Meta tokens are kept as states, not in the rolling cache."""
+    meta: tuple[Tensor, Tensor] | None = None
+    if context.meta:
+        (k_meta, k_BKTd), (v_meta, v_BKTv) = (apart(t, context.meta, context.meta_at_B, 2) for t in (k_BKTd, v_BKTv))
+        if context.cache is not None:  # a view would keep the whole prompt
+            context.keep(layer_idx, meta_keys=k_meta.clone(), meta_values=v_meta.clone())
+        meta = (k_meta, v_meta)
+    elif "meta_keys" in (state := context.state(layer_idx)):
+        meta = (state["meta_keys"], state["meta_values"])
+    if context.cache is not None:
+        k_BKTd, v_BKTv = context.cache.update(k_BKTd, v_BKTv, layer_idx)
+    return Seen(k_BKTd, v_BKTv, meta)
+
+
+def look_back(q_BHTd: Tensor, seen: Seen, context: Context, window: int) -> Tensor:
+    """Attention to the last ``window`` tokens and to the meta tokens, (B, H, T, v); these see those before them."""
+    if not context.meta:
+        return _look_back(q_BHTd, seen, context.masks.get("sliding_attention"), context.segments_BT, window)
+    assert seen.meta is not None
+    M, at_B, segments_BT = context.meta, context.meta_at_B, context.segments_BT
+    q_meta, q_BHTd = apart(q_BHTd, M, at_B, 2)
+    if segments_BT is not None:
+        segments_BT = apart(segments_BT, M, at_B)[1]
+    y_BHTv = _look_back(q_BHTd, seen, context.masks.get("sliding_attention"), segments_BT, window)
+    return together(attend(q_meta, *seen.meta, causal=True), y_BHTv, at_B, 2)
+
+
+def _look_back(q_BHTd: Tensor, seen: Seen, mask: Tensor | None, segments_BT: Tensor | None, window: int) -> Tensor:
+    k, v, meta = seen
+    if mask is None and q_BHTd.shape[2] > 1:
+        return windowed_attention(q_BHTd, k, v, window, segments_BT, meta)
+    return _attend_with(meta, q_BHTd, k, v, mask)
+
+
+def _attend_with(
+    meta: tuple[Tensor, Tensor] | None, q_BHTd: Tensor, k_BKSd: Tensor, v_BKSv: Tensor, mask: Tensor | None
+) -> Tensor:
+    """``attend``, also to tokens that are always seen; where rows are several blocks of a text, by each of them."""
+    if meta is None:
+        return attend(q_BHTd, k_BKSd, v_BKSv, mask)
+    blocks, M = len(q_BHTd) // len(meta[0]), meta[0].shape[2]
+    k, v = (
+        torch.cat((m.repeat_interleave(blocks, 0) if blocks > 1 else m, t), 2) for m, t in zip(meta, (k_BKSd, v_BKSv))
+    )
+    if mask is not None:
+        mask = F.pad(mask, (M, 0), value=mask.dtype == torch.bool)  # visible: True, or nothing added
+    return attend(q_BHTd, k, v, mask)
 
 
 def windowed_attention(
-    q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, window: int, segments_BT: Tensor | None = None
+    q_BHTd: Tensor,
+    k_BKTd: Tensor,
+    v_BKTv: Tensor,
+    window: int,
+    segments_BT: Tensor | None = None,
+    meta: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention over the last ``window`` tokens, in time and memory proportional to T: the tokens are folded
     into blocks as long as the window, and each looks at its own block and the one before.
 
     Args:
         segments_BT: tokens of other numbers are not seen.
+        meta: keys (B, K, M, d) and values of tokens that all see.
     """
-    B, H, T, d = q_BHTd.shape
-    K, W, grouped = k_BKTd.shape[1], window, k_BKTd.shape[1] != H
+    B, H, T, _ = q_BHTd.shape
+    K, W = k_BKTd.shape[1], window
     same = None if segments_BT is None else segments_BT[:, None]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-
     first = slice(0, min(T, W))
-    mask = None
-    if same is not None:
-        near = torch.ones(first.stop, first.stop, dtype=torch.bool, device=q_BHTd.device).tril()
-        mask = near & (same[..., first, None] == same[..., None, first])
-    y_BHTd = attend(q_BHTd[:, :, first], k_BKTd[:, :, first], v_BKTd[:, :, first], mask)
+    parts = (q_BHTd[:, :, first], k_BKTd[:, :, first], v_BKTv[:, :, first])
+    if same is None and meta is None:
+        y_BHTv = attend(*parts, causal=True)
+    else:
+        mask = torch.ones(first.stop, first.stop, dtype=torch.bool, device=q_BHTd.device).tril()
+        if same is not None:
+            mask = mask & (same[..., first, None] == same[..., None, first])
+        y_BHTv = _attend_with(meta, *parts, mask)
     if T <= W:
-        return y_BHTd
+        return y_BHTv
 
     n = -(-T // W) - 1
     more = (n + 1) * W - T
 
     def fold(x: Tensor, heads: int) -> Tensor:  # the blocks after the first: (B * n, heads, W, d)
         x = F.pad(x, (0, 0, 0, more))[:, :, W:]
-        return x.reshape(B, heads, n, W, d).transpose(1, 2).reshape(B * n, heads, W, d)
+        return x.reshape(B, heads, n, W, -1).transpose(1, 2).reshape(B * n, heads, W, -1)
 
     def fold_with_previous(x: Tensor) -> Tensor:  # (B * n, K, 2 W, d)
-        blocks = F.pad(x, (0, 0, 0, more)).reshape(B, K, n + 1, W, d)
+        blocks = F.pad(x, (0, 0, 0, more)).reshape(B, K, n + 1, W, -1)
         both = torch.cat((blocks[:, :, :-1], blocks[:, :, 1:]), 3)
-        return both.transpose(1, 2).reshape(B * n, K, 2 * W, d)
+        return both.transpose(1, 2).reshape(B * n, K, 2 * W, -1)
 
     distance = torch.arange(W, device=q_BHTd.device)[:, None] + W - torch.arange(2 * W, device=q_BHTd.device)
     mask = (distance >= 0) & (distance < W)
@@ -138,9 +217,9 @@ def windowed_attention(
         blocks = F.pad(segments_BT, (0, more), value=-1).view(B, n + 1, W)
         both = torch.cat((blocks[:, :-1], blocks[:, 1:]), 2)
         mask = mask & (blocks[:, 1:, :, None] == both[:, :, None]).view(B * n, 1, W, 2 * W)
-    y = attend(fold(q_BHTd, H), fold_with_previous(k_BKTd), fold_with_previous(v_BKTd), mask)
-    y = y.view(B, n, H, W, d).transpose(1, 2).reshape(B, H, n * W, d)
-    return torch.cat((y_BHTd, y[:, :, : T - W]), 2)
+    y = _attend_with(meta, fold(q_BHTd, H), fold_with_previous(k_BKTd), fold_with_previous(v_BKTv), mask)
+    y = y.view(B, n, H, W, -1).transpose(1, 2).reshape(B, H, n * W, -1)
+    return torch.cat((y_BHTv, y[:, :, : T - W]), 2)
 
 
 def naive_attention(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, window: int | None = None) -> Tensor:

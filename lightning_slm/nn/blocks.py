@@ -40,7 +40,7 @@ def repeated_blocks(model: nn.Module, names: Patterns = "auto") -> list[tuple[st
 def _repeated(modules: list[tuple[str, nn.Module]], kind: type[nn.Module]) -> list[tuple[str, nn.Module]]:
     found, inside = [], set[int]()
     for name, module in modules:  # parents come before their children
-        if isinstance(module, kind) and id(module) not in inside:
+        if isinstance(module, kind) and getattr(module, "are_blocks", True) and id(module) not in inside:
             inside |= {id(child) for child in module.modules()}
             members = [(f"{name}.{key}".lstrip("."), child) for key, child in module.named_children()]
             classes = Counter(type(child) for _, child in members)

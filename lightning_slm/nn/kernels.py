@@ -5,6 +5,7 @@ C++ operator on a CPU. Each is compared with PyTorch's own on first use, so that
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +55,9 @@ class OptionalKernel:
             warnings.warn(f"{self.name} could not be built, so PyTorch's own is used: {error}", stacklevel=4)
             return None
         try:
-            worst = self._difference(kernel, device)
+            # In a thread of its own: the caller may be inside an operator or in inference mode, without gradients.
+            with ThreadPoolExecutor(1) as elsewhere:
+                worst = elsewhere.submit(self._difference, kernel, device).result()
         except Exception as error:
             warnings.warn(f"{self.name} failed, so PyTorch's own is used: {error}", stacklevel=4)
             return None
@@ -68,6 +71,8 @@ class OptionalKernel:
         return kernel
 
     def _difference(self, kernel: Callable[..., Any], device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
         with torch.enable_grad(), torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
             torch.manual_seed(0)
             arguments = self.example(device)

@@ -33,6 +33,8 @@ class Context:
             after padding on the left. Whatever carries a state resets it there. None: only at the beginning of rows.
         tokens_BS: False for padding, over all S tokens; None: there is none.
         causal: False in an encoder, where every token may see every other.
+        meta: how many learned meta tokens this call has beside its own tokens; 0 in later calls of a cached text.
+        meta_at_B: the position of each row's first meta token, behind padding; None: 0 in all rows.
         losses: what mixers add to the training loss, each a mean over this call's tokens and weighted (a router's).
         shared: what one layer leaves for later ones, under a name of its choice. A layer's entry is its own: with
             activation checkpointing it is written a second time, after later layers have read it.
@@ -44,12 +46,16 @@ class Context:
     starts_BT: Tensor | None = None
     tokens_BS: Tensor | None = None
     causal: bool = True
+    meta: int = 0
+    meta_at_B: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
 
     def state(self, layer_idx: int) -> dict[str, Tensor]:
-        """What `keep` kept for this layer in earlier calls; empty at the beginning and without a cache."""
-        return {} if self.cache is None else self.cache.state(layer_idx)
+        """What `keep` kept for this layer in earlier calls; empty at the beginning and without a cache, or with one of
+        transformers' own, which hold keys and values only.
+        """
+        return self.cache.state(layer_idx) if hasattr(self.cache, "state") else {}
 
     def keep(self, layer_idx: int, **state: Tensor) -> None:
         """Keep tensors, batch first, for the next call; without a cache nothing happens.

@@ -1,5 +1,6 @@
 """Which weights a technique touches: chosen by name patterns, in any model."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -50,9 +51,10 @@ def weight_targets(model: nn.Module, targets: Patterns = "*", skip: Patterns = (
         skip: patterns to leave out again.
 
     Raises:
-        ValueError: a pattern that matches nothing; lists near names.
+        ValueError: a pattern that matches nothing (lists near names), or only what is protected.
     """
     candidates = list(weight_matrices(model))
+    _refuse_protected(model, candidates, targets)
     included = _matching(candidates, targets, "targets")
     excluded = _matching(candidates, skip, "skip", also=[name for name, _ in model.named_modules() if name])
     return [t for t in candidates if t.name in included and t.name not in excluded]
@@ -90,11 +92,55 @@ def is_protected(module_name: str, module: nn.Module, attribute: str) -> bool:
     )
 
 
+def protected_weights(model: nn.Module) -> list[str]:
+    """Names of the tensors of two and more dimensions that compression leaves alone because they are protected."""
+    return [
+        f"{module_name}.{attribute}".lstrip(".")
+        for module_name, module in model.named_modules()
+        for attribute, p in module.named_parameters(recurse=False)
+        if p.ndim > 1 and is_protected(module_name, module, attribute)
+    ]
+
+
+def what_is_left_alone(model: nn.Module) -> str | None:
+    """One sentence about the protected weights of ``model``, for a log; None if it has none.
+
+    >>> class Router(nn.Linear): ...
+    >>> what_is_left_alone(nn.Sequential(Router(4, 2), nn.Linear(4, 4)))
+    'decays, short convolutions, routers and their like stay as they are: weight (1)'
+    """
+    kinds = Counter(_short(name) for name in protected_weights(model))
+    if not kinds:
+        return None
+    listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    return f"decays, short convolutions, routers and their like stay as they are: {listed}"
+
+
+def _short(name: str) -> str:
+    """The last part of a name that says something: "A_log", but "router.weight"."""
+    *_, module, attribute = ["", *name.split(".")]
+    return f"{module}.{attribute}".lstrip(".") if attribute == "weight" and not module.isdigit() else attribute
+
+
 def output_heads(model: nn.Module) -> set[int]:
     """Identities of the output heads' weights, where a model (of Hugging Face's kind) tells them."""
     makers = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
     heads = [make() for make in makers if callable(make)]
     return {id(head.weight) for head in heads if head is not None}
+
+
+def _refuse_protected(model: nn.Module, candidates: list[Target], targets: Patterns) -> None:
+    """Whoever names a protected weight is told that it is one, not that there is none of that name."""
+    protected = protected_weights(model)
+    for pattern in as_list(targets):
+        if any(matches(name, pattern) for t in candidates for name in (t.name, t.module_name)):
+            continue
+        for name in protected:
+            if matches(name, pattern) or matches(name.rpartition(".")[0], pattern):
+                raise ValueError(
+                    f"targets={pattern!r}: {name!r} is protected: a decay, a short convolution or a router is too "
+                    "small to save anything, and what the layer is depends on its exact values."
+                )
 
 
 def _matching(candidates: list[Target], patterns: Patterns, argument: str, also: Sequence[str] = ()) -> set[str]:

@@ -9,11 +9,10 @@ A model of a million parameters on the WikiText head and on this Python's standa
 stands for are not repeated, so a broken-off table goes on; seeds and steps beside a line's are other lines.
 """
 
-import json
+import itertools
 import logging
 import statistics
 import sys
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from runs import quiet_trainer, read, run_missing
 
 from lightning_slm import CausalLM, TextData
 from lightning_slm.models import SLMConfig, SLMForCausalLM
@@ -50,52 +50,22 @@ def bits_per_byte(corpus: str, precision: str, steps: int, seed: int, folder: Pa
     module = CausalLM(SLMForCausalLM(SLMConfig(vocab_size=2048, **SIZES)))
     chosen = PRECISIONS[precision]()
     how = {"precision": chosen} if chosen is None or isinstance(chosen, str) else {"plugins": [chosen]}
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=24,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=10**9,
-        gradient_clip_val=1.0,
-        **how,
-    )
+    trainer = quiet_trainer(steps, limit_val_batches=24, **how)
     trainer.fit(module, data)
     return trainer.validate(module, data, verbose=False)[0]["val_bits_per_byte"]
 
 
 def main(folder: Path, steps: int = 250, seeds: int = 3, names: Sequence[str] = tuple(PRECISIONS)) -> None:
     """All runs that are missing, precision by precision, so that a table of few seeds is whole first."""
-    lines = folder / "runs.jsonl"
-    done = {tuple(line[key] for key in ("corpus", "precision", "steps", "seed")) for line in read(lines)}
-    for seed in range(seeds):
-        for corpus in CORPORA:
-            for precision in names:
-                if (corpus, precision, steps, seed) in done:
-                    continue
-                start = time.perf_counter()
-                found = bits_per_byte(corpus, precision, steps, seed, folder)
-                line = {"corpus": corpus, "precision": precision, "steps": steps, "seed": seed, "bpb": found}
-                line["seconds"] = round(time.perf_counter() - start, 1)
-                with lines.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(line, flush=True)
-
-
-def read(lines: Path) -> list[dict[str, Any]]:
-    """What has been run."""
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    axes = itertools.product(range(seeds), CORPORA, names)
+    jobs = [{"corpus": corpus, "precision": name, "steps": steps, "seed": seed} for seed, corpus, name in axes]
+    run_missing(folder, jobs, lambda **job: {"bpb": bits_per_byte(**job, folder=folder)})
 
 
 def table(folder: Path) -> str:
     """Markdown: one row a precision, one column a corpus and number of steps."""
     found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in read(folder / "runs.jsonl"):
+    for line in read(folder):
         found[line["corpus"], line["steps"]][line["precision"]].append(line["bpb"])
     columns = list(found)
     rows = ["| precision | " + " | ".join(f"{corpus}, {steps} steps" for corpus, steps in columns) + " |"]
@@ -112,7 +82,6 @@ if __name__ == "__main__":
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     where = Path(sys.argv[1])
-    where.mkdir(parents=True, exist_ok=True)
     if "--table" in sys.argv:
         print(table(where))
     else:

@@ -7,7 +7,7 @@ import warnings
 
 from harness import Results
 
-THEMES = ("callbacks", "backbone", "data", "imports", "sharding", "packed", "gpu")
+THEMES = ("callbacks", "backbone", "architectures", "data", "classification", "imports", "sharding", "packed", "gpu")
 
 
 def main(themes: list[str]) -> int:

@@ -31,19 +31,60 @@ class Tiny:
     packs: bool = True
 
 
+RWKV = {"norm": "layer", "embedding_norm": True, "positions": "none", "tie_word_embeddings": False}
+MAMBA2 = {"state_size": 8, "head_dim": 16, "groups": 2, "chunk": 5}
+SHARED_QK = {"num_key_value_heads": 4}
+WINDOW = {"sliding_window": 4}
 # Token mixers that decoders can use; the name is the registry's.
 DECODERS = {
     "attn": Tiny("attn/mlp*2"),
     "swa": Tiny("swa/mlp*2", {"sliding_window": 4}, flat_state=True),
+    "mamba": Tiny("mamba/mlp*2", flat_state=True),
+    "hymba": Tiny("hymba/mlp*2"),
+    "hymba_reuse": Tiny("hymba/mlp hymba_reuse/mlp*2"),
+    "hymba_swa": Tiny("hymba_swa/mlp*2", WINDOW, flat_state=True),
+    "hymba_swa_reuse": Tiny("hymba/mlp (hymba_swa/mlp hymba_swa_reuse/mlp)*2", WINDOW),
+    "mamba2": Tiny("mamba2/mlp*2", {"mixers": {"mamba2": MAMBA2}}, flat_state=True),
+    "linear_attention": Tiny("linear_attention/mlp*2", {"mixers": {"linear_attention": {"chunk": 5}}}, flat_state=True),
+    "rwkv4": Tiny("rwkv4/rwkv4_ffn*2", {**RWKV, "mixers": {"rwkv4": {"attention_hidden_size": 64}}}, flat_state=True),
+    "rwkv7": Tiny("rwkv7_first/rwkv7_ffn rwkv7/rwkv7_ffn", RWKV, flat_state=True),
+    "rwkv7_first": Tiny("rwkv7_first/mlp", flat_state=True),
+    "lsh": Tiny("lsh/mlp*2", {**SHARED_QK, "mixers": {"lsh": {"buckets": 4, "chunk": 4, "local": True}}}),
+    "routing": Tiny("routing/mlp*2", {**SHARED_QK, "mixers": {"routing": {"clusters": 3, "window": 4}}}),
+}
+# The same behind meta tokens, which all of a text sees; the name tells the token mixer.
+META = {
+    "attn+meta": Tiny("attn/mlp*2", {"meta_tokens": 3}, packs=False),
+    "swa+meta": Tiny("swa/mlp*2", {"meta_tokens": 3, **WINDOW}, flat_state=True, packs=False),
+    "mamba+meta": Tiny("mamba/mlp*2", {"meta_tokens": 3}, flat_state=True, packs=False),
+    "hymba+meta": Tiny("hymba/mlp hymba_reuse/mlp", {"meta_tokens": 3}, packs=False),
+    "hymba_swa+meta": Tiny("hymba_swa/mlp*2", {"meta_tokens": 3, **WINDOW}, flat_state=True, packs=False),
+    "hymba_swa_reuse+meta": Tiny(
+        "hymba/mlp (hymba_swa/mlp hymba_swa_reuse/mlp)*2", {"meta_tokens": 3, **WINDOW}, packs=False
+    ),
 }
 # Token mixers that encoders can use.
 ENCODERS = {
     "attn": Tiny("attn/mlp*2"),
+    "linear_attention": Tiny("linear_attention/mlp*2"),
+    "linformer": Tiny("linformer/mlp*2", {"mixers": {"linformer": {"projected": 6}}}, packs=False),
+    "nystrom": Tiny("nystrom/mlp*2", {"mixers": {"nystrom": {"landmarks": 4, "conv_size": 5}}}, packs=False),
+    "longformer": Tiny("longformer/mlp*2", {"mixers": {"longformer": {"window": 4, "global_tokens": 2}}}),
+    "lsh": Tiny("lsh/mlp*2", {**SHARED_QK, "mixers": {"lsh": {"chunk": 4}}}),
+    "routing": Tiny("routing/mlp*2", {**SHARED_QK, "mixers": {"routing": {"clusters": 3}}}),
 }
 # Channel mixers, behind attention.
 CHANNELS = {
     "mlp": Tiny("attn/mlp*2"),
     "smooth_mlp": Tiny("attn/smooth_mlp*2"),
+    "moe": Tiny("attn/moe*2", {"mixers": {"moe": {"experts": 4}}}),
+    "relu_mlp": Tiny("attn/relu_mlp*2"),
+    "relu2_mlp": Tiny("attn/relu2_mlp*2"),
+    "gelu_mlp": Tiny("attn/gelu_mlp*2"),
+    "relu_glu": Tiny("attn/relu_glu*2"),
+    "mobilebert_ffn": Tiny("attn/mobilebert_ffn*2", {"mixers": {"mobilebert_ffn": {"stack": 2}}}),
+    "rwkv4_ffn": Tiny("attn/rwkv4_ffn*2"),
+    "rwkv7_ffn": Tiny("attn/rwkv7_ffn*2"),
 }
 
 

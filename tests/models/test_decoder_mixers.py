@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from mixers import CHANNELS, DECODERS, SIZES, V, close, decoder, tokens
+from mixers import CHANNELS, DECODERS, META, SIZES, V, close, decoder, tokens
 from transformers import AutoModelForCausalLM
 
 from lightning_slm.models import SLMCache, SLMConfig
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 B, T = 2, 13
-EVERY = {**DECODERS, **{f"-/{name}": tiny for name, tiny in CHANNELS.items()}}
+EVERY = {**DECODERS, **META, **{f"-/{name}": tiny for name, tiny in CHANNELS.items()}}
 
 
 @pytest.fixture(params=EVERY)

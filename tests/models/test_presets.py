@@ -1,17 +1,21 @@
 """Every preset has exactly the published number of parameters, and every way to name a model leads to one."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_slm.models import PRESETS, SLMConfig, SLMForCausalLM, load_causal_lm
+from lightning_slm.nn.targets import weight_targets
 
 # Table 1.3 of the survey of architectures, in millions; the exact figures stand in the presets.
 MILLIONS = {
     "slm-5m": 5.07, "babyllama-58m": 58.34, "babyllama2-345m": 345.36, "tinyllama-1.1b": 1100.05,
     "mobilellm-125m": 124.64, "mobilellm-350m": 345.36, "mobilellm-125m-ls": 124.64, "mobilellm-350m-ls": 345.36,
-    "mobillama-0.5b": 534.9,
+    "mobillama-0.5b": 534.9, "mamba-130m": 129.1, "mamba-370m": 371.5, "mamba2-130m": 129.0, "rwkv4-169m": 169.3,
+    "rwkv4-430m": 430.4, "samba-421m": 421.8, "samba-1.3b": 1330.2, "hymba-1.5b": 1522.8,
 }  # fmt: skip
 TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "pattern": "attn/mlp*2"}
 
@@ -23,7 +27,10 @@ def test_a_preset_has_its_published_number_of_parameters(name):
         model = SLMForCausalLM(preset.build_config())
     count = sum(p.numel() for p in model.parameters())
     assert count == preset.parameters
-    assert abs(count / 1e6 - MILLIONS[name]) <= 0.05
+    if name in MILLIONS:
+        assert abs(count / 1e6 - MILLIONS[name]) <= 0.05
+    elif name.endswith("-5m"):  # comparable with each other
+        assert abs(count / 5e6 - 1) < 0.02
     assert "http" in preset.source or name.startswith("slm-")
 
 
@@ -46,9 +53,11 @@ def test_layer_sharing_doubles_the_depth_and_not_the_weights():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_quantisation_groups_of_32_fit_every_preset(name):
-    config = PRESETS[name].build_config()
-    inputs = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
-    assert all(width % 32 == 0 for width in inputs)
+    with torch.device("meta"):
+        model = SLMForCausalLM(PRESETS[name].build_config())
+    layers = {t.name: t.weight.shape[1] for t in weight_targets(model) if isinstance(t.module, nn.Linear)}
+    odd = {layer: width for layer, width in layers.items() if width % 32}
+    assert all(re.search("dt_proj|lora|_down|_up", layer) for layer in odd), odd  # of low rank: left as they are
 
 
 def test_a_preset_loads_by_name_with_single_values_replaced():
