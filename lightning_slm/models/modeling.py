@@ -300,8 +300,9 @@ class SLMForCausalLM(SLMPreTrainedModel, GenerationMixin):
         if not config.causal:
             raise ValueError("causal=False makes an encoder, which predicts no next token; use SLMForMaskedLM.")
         self.model = SLMModel(config)
-        keys_only = {"full_attention", "sliding_attention"}.issuperset(config.layer_types or ())
-        self._is_stateful = bool(config.meta_tokens) or not keys_only
+        kept = {CHANNEL_MIXERS[b.channel.name].cache_type for b in config.blocks if b.channel} - {None}
+        kept |= set(config.layer_types or ()) - {"full_attention", "sliding_attention"}
+        self._is_stateful = bool(config.meta_tokens or kept)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

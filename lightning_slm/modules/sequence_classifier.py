@@ -109,6 +109,8 @@ class SequenceClassifier(SLMModule):
                     f"The data has the classes {list(given)[:8]}, but {type(self.model).__name__} has {ours[:8]}; give "
                     f"the data class_names={ours[:8]}, or a model for these classes."
                 )
+        if given is not None and self.num_labels not in (None, len(given)):
+            raise ValueError(f"num_labels={self.num_labels}, but the data has {len(given)} classes; leave it out.")
         if config is not None and tokenizer is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id  # decoders of Hugging Face's look for the last other token
 

@@ -75,6 +75,8 @@ class RWKV4FFN(Mixer):
 
     _slm_protected = ("time_mix_key", "time_mix_receptance")
 
+    cache_type: ClassVar[str] = "linear_attention"
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.time_mix_key = _parameter(hidden_size)

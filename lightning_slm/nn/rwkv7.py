@@ -180,6 +180,8 @@ class RWKV7FFN(Mixer):
         intermediate_size: width between.
     """
 
+    cache_type: ClassVar[str] = "linear_attention"
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.x_k = _parameter(hidden_size)

@@ -46,9 +46,9 @@ def ssd(
         D_H: weight of the token itself; None: 0.
         h0: state before the first token, (B, H, P, N); None: zeros.
         starts_BT: True where a text begins, at which the state is reset.
-        chunk: tokens within which all pairs are looked at. Cost and memory are per token ``chunk`` + 2 N multiply-adds
-            for each of H P channels; 64 is best on CPUs.
-        state: whether the last state is wanted; without it a seventh of the work of a short text is saved.
+        chunk: tokens within which all pairs are looked at: ``chunk`` + 2 N multiply-adds per token and channel of H P,
+            and a state of N numbers per ``chunk`` tokens and channel for the backward pass. Does not change results.
+        state: whether the last state is wanted; without it, the last chunk's is not computed.
 
     Returns: (B, T, H, P) like ``x_BTHP``, and the state after the last token, (B, H, P, N), or None.
     """

@@ -35,15 +35,19 @@ RWKV = {"norm": "layer", "embedding_norm": True, "positions": "none", "tie_word_
 MAMBA2 = {"state_size": 8, "head_dim": 16, "groups": 2, "chunk": 5}
 SHARED_QK = {"num_key_value_heads": 4}
 WINDOW = {"sliding_window": 4}
+RANK = {"dt_rank": 16}  # so that groups of 16 and 2:4 fit this matrix, too, as they do at real sizes
 # Token mixers that decoders can use; the name is the registry's.
 DECODERS = {
     "attn": Tiny("attn/mlp*2"),
     "swa": Tiny("swa/mlp*2", {"sliding_window": 4}, flat_state=True),
-    "mamba": Tiny("mamba/mlp*2", flat_state=True),
-    "hymba": Tiny("hymba/mlp*2"),
-    "hymba_reuse": Tiny("hymba/mlp hymba_reuse/mlp*2"),
-    "hymba_swa": Tiny("hymba_swa/mlp*2", WINDOW, flat_state=True),
-    "hymba_swa_reuse": Tiny("hymba/mlp (hymba_swa/mlp hymba_swa_reuse/mlp)*2", WINDOW),
+    "mamba": Tiny("mamba/mlp*2", {"mixers": {"mamba": RANK}}, flat_state=True),
+    "hymba": Tiny("hymba/mlp*2", {"mixers": {"hymba": RANK}}),
+    "hymba_reuse": Tiny("hymba/mlp hymba_reuse/mlp*2", {"mixers": {"hymba": RANK, "hymba_reuse": RANK}}),
+    "hymba_swa": Tiny("hymba_swa/mlp*2", {"mixers": {"hymba_swa": RANK}, **WINDOW}, flat_state=True),
+    "hymba_swa_reuse": Tiny(
+        "hymba/mlp (hymba_swa/mlp hymba_swa_reuse/mlp)*2",
+        {"mixers": dict.fromkeys(("hymba", "hymba_swa", "hymba_swa_reuse"), RANK), **WINDOW},
+    ),
     "mamba2": Tiny("mamba2/mlp*2", {"mixers": {"mamba2": MAMBA2}}, flat_state=True),
     "linear_attention": Tiny("linear_attention/mlp*2", {"mixers": {"linear_attention": {"chunk": 5}}}, flat_state=True),
     "rwkv4": Tiny("rwkv4/rwkv4_ffn*2", {**RWKV, "mixers": {"rwkv4": {"attention_hidden_size": 64}}}, flat_state=True),
@@ -82,7 +86,7 @@ CHANNELS = {
     "relu2_mlp": Tiny("attn/relu2_mlp*2"),
     "gelu_mlp": Tiny("attn/gelu_mlp*2"),
     "relu_glu": Tiny("attn/relu_glu*2"),
-    "mobilebert_ffn": Tiny("attn/mobilebert_ffn*2", {"mixers": {"mobilebert_ffn": {"stack": 2}}}),
+    "mobilebert_ffn": Tiny("attn/mobilebert_ffn*2", {"mixers": {"mobilebert_ffn": {"stack": 2, "bottleneck": 16}}}),
     "rwkv4_ffn": Tiny("attn/rwkv4_ffn*2"),
     "rwkv7_ffn": Tiny("attn/rwkv7_ffn*2"),
 }

@@ -10,7 +10,7 @@ import torch
 from mixers import CHANNELS, DECODERS, META, SIZES, V, close, decoder, tokens
 from transformers import AutoModelForCausalLM
 
-from lightning_slm.models import SLMCache, SLMConfig
+from lightning_slm.models import SLMCache, SLMConfig, SLMForCausalLM
 from lightning_slm.models.decode import generate_stream, make_decoder
 from lightning_slm.models.registry import CHANNEL_MIXERS, TOKEN_MIXERS
 
@@ -259,3 +259,10 @@ def test_a_step_of_the_static_decoder_is_the_whole_forward_pass(model):
 def test_sizes_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match="num_attention_heads=4"):
         SLMConfig(**{**SIZES, "hidden_size": 34}, pattern="attn/mlp")
+
+
+@pytest.mark.parametrize("pattern", ["mamba/mlp", "attn/rwkv4_ffn"])
+def test_a_cache_that_holds_keys_only_is_refused_where_there_are_states(pattern):
+    model = SLMForCausalLM(SLMConfig(vocab_size=V, **SIZES, pattern=pattern)).eval()
+    with pytest.raises(ValueError, match="keeps states, too"):
+        model.generate(tokens(1, 4), max_new_tokens=2, cache_implementation="static")

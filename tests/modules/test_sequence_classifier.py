@@ -229,6 +229,12 @@ def test_other_classes_than_the_models_are_refused(tmp_path):
         trainer(tmp_path).validate(SequenceClassifier(str(tmp_path / "folder")), data, verbose=False)
 
 
+def test_a_number_of_classes_that_the_data_contradicts_is_refused(tmp_path):
+    made = SequenceClassifier(ENCODER, num_labels=4)
+    with pytest.raises(ValueError, match="num_labels=4, but the data has 3 classes"):
+        trainer(tmp_path, steps=1).fit(made, GivenBatches([make_batch()], class_names=NAMES))
+
+
 # Weights to start from
 
 
