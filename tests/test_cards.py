@@ -33,6 +33,8 @@ def namespace(tmp_path, monkeypatch):
     corpus.mkdir()
     for i in range(60):
         (corpus / f"{i}.py").write_text("\n".join(f"def f{i}_{j}(x):\n    return x + {j}\n" for j in range(40)))
+    rows = [f"a {word} film of number {i}\t{word}" for i in range(60) for word in ("good", "bad")]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     data = TextData(path=str(corpus), vocab_size=512, window=32, batch_size=4)
     module = CausalLM(model=SLMForCausalLM(tiny_config()))
     batches = [{"input_ids": (ids := torch.randint(0, 512, (2, 32))), "labels": ids} for _ in range(2)]

@@ -76,23 +76,12 @@ class SelectiveSSM(nn.Module):
             y_BTC, conv_BWC, h_BNC = self.step(u_BTC, state["conv"], state["ssm"], starts_BT)
             y_BTC = y_BTC if gate_BTC is None else y_BTC * F.silu(gate_BTC)
         else:
-            u_BTC, conv_BWC = self.convolve(u_BTC, state.get("conv"), context)
+            u_BTC, conv_BWC = self.conv.silu(u_BTC, state.get("conv"), context.segments_BT)
             A_CN = -torch.exp(_precise(self.A_log))
             how = (*self.select(u_BTC), self.D, gate_BTC, state.get("ssm"), starts_BT)
             y_BTC, h_BNC = selective_scan(u_BTC, how[0], A_CN, *how[1:])
         context.keep(layer_idx, conv=conv_BWC.detach(), ssm=h_BNC.detach())
         return y_BTC
-
-    def convolve(self, u_BTC: Tensor, conv_BWC: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        """The short convolution with silu, and what it needs to go on."""
-        T, before = u_BTC.shape[1], self.conv.weight.shape[1] - 1
-        if torch.compiler.is_compiling() or conv_BWC is not None or context.starts_BT is not None:
-            y_BTC, conv_BWC = self.conv(u_BTC, conv_BWC, context.segments_BT)
-            return F.silu(y_BTC), conv_BWC
-        last_BWC = u_BTC[:, -before:]
-        if context.cache is not None and before > T:
-            last_BWC = F.pad(last_BWC, (0, 0, before - T, 0))
-        return _ConvSiLU.apply(u_BTC, self.conv.weight, self.conv.bias), last_BWC
 
     def select(self, u_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What tokens choose: time steps before softplus (B, T, C), weights into and out of the states (B, T, N)."""
@@ -180,42 +169,6 @@ class Mamba(Mixer):
     def forward(self, x_BTD: Tensor, context: Context, layer_idx: int) -> Tensor:
         u_BTC, gate_BTC = self.in_proj(x_BTD).chunk(2, -1)
         return self.out_proj(self.ssm(u_BTC, context, layer_idx, gate_BTC))
-
-
-class _ConvSiLU(torch.autograd.Function):
-    """silu of the short convolution from the beginning of texts, in half as many passes over memory as one by one; the
-    backward pass makes the convolution once more instead of keeping what is between. Twin: ``ShortConv`` and silu.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_BTC, weight_CW, bias_C)
-        return F.silu(_conv(x_BTC, weight_CW, bias_C), inplace=True)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTC, weight_CW, bias_C = ctx.saved_tensors
-        grad_BTC = torch.ops.aten.silu_backward(grad_BTC, _conv(x_BTC, weight_CW, bias_C))
-        weight_WC = weight_CW.t().to(x_BTC.dtype).contiguous()
-        T, last = x_BTC.shape[1], weight_CW.shape[1] - 1
-        grad_x_BTC, grad_weight_CW = grad_BTC * weight_WC[last], torch.zeros_like(weight_CW)
-        for back in range(min(last + 1, T)):  # the tap that sees so many tokens back
-            grad, product = grad_BTC[:, back:], grad_BTC[:, back:] * x_BTC[:, : T - back]
-            grad_weight_CW[:, last - back] = product.sum((0, 1), dtype=weight_CW.dtype)
-            if back:
-                grad_x_BTC[:, :-back].addcmul_(grad, weight_WC[last - back])
-        return grad_x_BTC, grad_weight_CW, None if bias_C is None else grad_BTC.sum((0, 1), dtype=bias_C.dtype)
-
-
-def _conv(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
-    weight_WC, T = weight_CW.t().to(x_BTC.dtype).contiguous(), x_BTC.shape[1]
-    y_BTC = x_BTC * weight_WC[-1]
-    if bias_C is not None:
-        y_BTC += bias_C.to(x_BTC.dtype)
-    for back in range(1, min(len(weight_WC), T)):
-        y_BTC[:, back:].addcmul_(x_BTC[:, :-back], weight_WC[-1 - back])
-    return y_BTC
 
 
 def _precise(x: Tensor) -> Tensor:

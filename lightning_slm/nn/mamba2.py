@@ -133,11 +133,7 @@ class Mamba2(Mixer):
     def _scan(
         self, conv_BTC: Tensor, dt_BTH: Tensor, state: dict[str, Tensor], context: Context, layer_idx: int
     ) -> Tensor:
-        if context.cache is None and context.starts_BT is None:
-            conv_BTC = conv_silu(conv_BTC, self.conv.weight, self.conv.bias)
-        else:
-            conv_BTC, before_BWC = self.conv(conv_BTC, state.get("conv"), context.segments_BT)
-            conv_BTC = F.silu(conv_BTC)
+        conv_BTC, before_BWC = self.conv.silu(conv_BTC, state.get("conv"), context.segments_BT)
         x, key, query = self._heads(conv_BTC)
         how: dict[str, Any] = {"h0": state.get("ssm"), "starts_BT": context.starts_BT, "chunk": self.chunk}
         y, h_BHPN = ssd(x, dt_BTH, self._rates(), key, query, self.D, **how, state=context.cache is not None)
@@ -231,58 +227,3 @@ class _GatedRMSNorm(torch.autograd.Function):
 def _gated(y: Tensor, z: Tensor) -> Tensor:
     precise = torch.promote_types(y.dtype, torch.float32)
     return F.silu(z.to(precise)).mul_(y)
-
-
-def conv_silu(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
-    """Silu of a `ShortConv` over whole texts.
-
-    In eager mode on a CPU, nothing but the input is kept for the backward pass, and the convolution is oneDNN's for
-    images one pixel high with the channels last, which are what texts are: many times faster than ``F.conv1d``.
-    """
-    if torch.compiler.is_compiling() or x_BTC.device.type != "cpu":
-        return naive_conv_silu(x_BTC, weight_CW, bias_C)
-    return _ConvSilu.apply(x_BTC, weight_CW, bias_C)
-
-
-def naive_conv_silu(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
-    """The definition, tap by tap."""
-    W, T = weight_CW.shape[1], x_BTC.shape[1]
-    padded, weight_WC = F.pad(x_BTC, (0, 0, W - 1, 0)), weight_CW.t().to(x_BTC.dtype)
-    y_BTC = padded[:, W - 1 :] * weight_WC[-1]
-    if bias_C is not None:
-        y_BTC = y_BTC + bias_C.to(x_BTC.dtype)
-    for i, weight_C in enumerate(weight_WC[:-1]):
-        y_BTC = torch.addcmul(y_BTC, padded[:, i : i + T], weight_C)
-    return F.silu(y_BTC)
-
-
-class _ConvSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return F.silu(_convolved(x, weight, bias)[:, : x.shape[1]])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: of the definition
-            given = [t for t in (x, weight, bias) if t is not None]
-            found = torch.autograd.grad(naive_conv_silu(x, weight, bias), given, grad, create_graph=True)
-            return *found, *[None] * (3 - len(given))
-        T, W = x.shape[1], weight.shape[1]
-        g = torch.ops.aten.silu_backward(grad, _convolved(x, weight, bias)[:, :T])
-        g_x = _convolved(g, weight.flip(1))[:, W - 1 :]
-        g_weight = torch.zeros_like(weight)
-        for back in range(min(W, T)):
-            g_weight[:, W - 1 - back] = (g[:, back:] * x[:, : T - back]).sum((0, 1), dtype=weight.dtype)
-        return g_x, g_weight, None if bias is None else g.sum((0, 1), dtype=weight.dtype)
-
-
-def _convolved(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """With W - 1 zeros before and behind: (B, T + W - 1, C)."""
-    C, W = weight_CW.shape
-    weight = weight_CW.to(x_BTC.dtype).view(C, 1, 1, W)
-    bias_C = None if bias_C is None else bias_C.to(x_BTC.dtype)
-    pixels = x_BTC.transpose(1, 2).unsqueeze(2)
-    with torch.autocast(x_BTC.device.type, enabled=False):
-        return F.conv2d(pixels, weight, bias_C, padding=(0, W - 1), groups=C).squeeze(2).transpose(1, 2)

@@ -269,19 +269,8 @@ def _through_states_(decay: Tensor, of_outputs: Tensor, grad_state_B3D: Tensor, 
 
 
 @_wkv_backward.register_fake
-def _(
-    grad_BTD: Tensor,
-    grad_state_B3D: Tensor,
-    rate_D: Tensor,
-    first_D: Tensor,
-    k_BTD: Tensor,
-    v_BTD: Tensor,
-    state_B3D: Tensor,
-    starts_BT: Tensor | None,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    new = tuple(x.new_empty(x.shape) for x in (rate_D, first_D, k_BTD, v_BTD, state_B3D))
-    return new[0], new[1], new[2], new[3], new[4]
+def _(grad_BTD: Tensor, grad_state_B3D: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in saved[:5])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

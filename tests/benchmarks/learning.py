@@ -35,13 +35,12 @@ ARCHITECTURES = (
     "jamba-5m",
 )  # fmt: skip
 # The same number of parameters as deep and thin, and as shallow and wide (MobileLLM's comparison).
-SHAPES: dict[str, dict[str, Any]] = {
-    "5m deep": {"hidden_size": 160, "intermediate_size": 432, "num_attention_heads": 5, "pattern": "attn/mlp*14"},
-    "5m middle": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "pattern": "attn/mlp*5"},
-    "5m wide": {"hidden_size": 384, "intermediate_size": 1088, "num_attention_heads": 6, "pattern": "attn/mlp*2"},
-    "15m deep": {"hidden_size": 288, "intermediate_size": 768, "num_attention_heads": 9, "pattern": "attn/mlp*14"},
-    "15m wide": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "pattern": "attn/mlp*4"},
-}
+SHAPES = {
+    "5m deep": ("attn/mlp*14", 160, 432, 5),
+    "5m wide": ("attn/mlp*2", 384, 992, 6),
+    "15m deep": ("attn/mlp*14", 288, 768, 9),
+    "15m wide": ("attn/mlp*4", 512, 1408, 8),
+}  # pattern, width, width inside, heads
 
 
 def corpus(folder: Path) -> Path:
@@ -57,10 +56,12 @@ def corpus(folder: Path) -> Path:
 
 def build(name: str) -> SLMForCausalLM:
     """A preset, or one of the shapes."""
-    config = PRESETS["slm-5m" if name in SHAPES else name].build_config(
-        **SHAPES.get(name, {}), max_position_embeddings=LONG
-    )
-    return SLMForCausalLM(config)
+    values: dict[str, Any] = {"max_position_embeddings": LONG}
+    if name in SHAPES:
+        pattern, hidden, inside, heads = SHAPES[name]
+        values |= {"pattern": pattern, "hidden_size": hidden, "intermediate_size": inside}
+        values |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    return SLMForCausalLM(PRESETS["slm-5m" if name in SHAPES else name].build_config(**values))
 
 
 def learn(architecture: str, steps: int, seed: int, folder: Path) -> dict[str, float]:

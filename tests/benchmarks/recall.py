@@ -33,43 +33,41 @@ from lightning_slm.models import SLMConfig, SLMForCausalLM, SLMModel
 # Shape letters: B = texts, T = tokens, n = pairs, d = inputs of the regression.
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "rope_theta": 100.0}
-SMALL = {"mamba": {"state_size": 4}, "mamba2": {"state_size": 8, "head_dim": 32}}
+MAMBA2 = {"state_size": 16, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "attention": {"pattern": "attn/mlp*2"},
-    "Mamba, state of 4": {"pattern": "mamba/mlp*2", "positions": "none"},
-    "Mamba-2, state of 8": {"pattern": "mamba2/mlp*2", "positions": "none"},
+    "Mamba, state of 1": {"pattern": "mamba/mlp*2", "positions": "none", "mixers": {"mamba": {"state_size": 1}}},
+    "Mamba, state of 16": {"pattern": "mamba/mlp*2", "positions": "none"},
+    "Mamba-2, state of 16": {"pattern": "mamba2/mlp*2", "positions": "none", "mixers": {"mamba2": MAMBA2}},
     "RWKV-4": {"pattern": "rwkv4/rwkv4_ffn*2", "positions": "none", "norm": "layer", "embedding_norm": True},
     "linear attention": {"pattern": "linear_attention/mlp*2"},
     "Samba, window of 8": {"pattern": "mamba/mlp swa/mlp", "sliding_window": 8},
     "Mamba and attention": {"pattern": "mamba/mlp attn/mlp", "positions": "none"},
     "MambaFormer": {"pattern": "mamba/- attn/- mamba/- attn/- mamba/-", "positions": "none"},
 }
-KEYS = VALUES = 24
-PAIRS, ENTRIES, DIGITS, EXAMPLES, INPUTS = 10, 6, 4, 20, 4
-STEPS = {"recall": 1500, "phone book": 1500, "regression": 2500}
+KEYS = VALUES = 16
+PAIRS, ENTRIES, DIGITS, EXAMPLES, INPUTS = 6, 4, 4, 20, 4
+STEPS = {"recall": 2000, "phone book": 2000, "regression": 1500}
 RATE, BATCH = 3e-3, 64
 
 
-def recall_batch(B: int) -> tuple[Tensor, Tensor]:
+def recall_batch(B: int, pairs: int) -> tuple[Tensor, Tensor]:
     """(B, 4 n) tokens, and labels where a value is asked for."""
-    keys = torch.rand(B, KEYS).argsort(1)[:, :PAIRS]
-    values = torch.randint(KEYS, KEYS + VALUES, (B, PAIRS))
-    order = torch.rand(B, PAIRS).argsort(1)
-    first, again = (
-        torch.stack((keys.gather(1, o), values.gather(1, o)), 2).flatten(1)
-        for o in (torch.arange(PAIRS).expand(B, -1), order)
-    )
-    ids = torch.cat((first, again), 1)
+    keys = torch.rand(B, KEYS).argsort(1)[:, :pairs]
+    values = torch.randint(KEYS, KEYS + VALUES, (B, pairs))
+    book = torch.stack((keys, values), 2)
+    again = book[torch.arange(B)[:, None], torch.rand(B, pairs).argsort(1)].flatten(1)
+    ids = torch.cat((book.flatten(1), again), 1)
     labels = torch.full_like(ids, -100)
-    labels[:, 2 * PAIRS :: 2] = again[:, 1::2]
+    labels[:, 2 * pairs :: 2] = again[:, 1::2]
     return ids, labels
 
 
-def phone_book_batch(B: int) -> tuple[Tensor, Tensor]:
+def phone_book_batch(B: int, entries: int) -> tuple[Tensor, Tensor]:
     """Entries of a name and four digits, one of the names, and its digits."""
-    names = torch.rand(B, KEYS).argsort(1)[:, :ENTRIES, None] + 10
-    book = torch.cat((names, torch.randint(10, (B, ENTRIES, DIGITS))), 2)
-    asked = book[torch.arange(B), torch.randint(ENTRIES, (B,))]
+    names = torch.rand(B, KEYS).argsort(1)[:, :entries, None] + 10
+    book = torch.cat((names, torch.randint(10, (B, entries, DIGITS))), 2)
+    asked = book[torch.arange(B), torch.randint(entries, (B,))]
     ids = torch.cat((book.flatten(1), asked), 1)
     labels = torch.full_like(ids, -100)
     labels[:, -DIGITS - 1 : -1] = asked[:, 1:]
@@ -99,7 +97,7 @@ def regression_batch(B: int) -> tuple[Tensor, Tensor]:
 
 
 def train(network: nn.Module, loss: Callable[[], Tensor], rate: float, steps: int) -> None:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * max(0.02, 1 - s / steps))
     for _ in range(steps):
         optimizer.zero_grad()
@@ -113,8 +111,7 @@ def score(task: str, model: str, seed: int) -> float:
     """Share of right answers, or the squared error."""
     torch.manual_seed(seed)
     values = MODELS[model]
-    mixers = {name: options for name, options in SMALL.items() if f"{name}/" in values["pattern"]}
-    config = SLMConfig(vocab_size=KEYS + VALUES, **SIZES, **values, mixers=mixers)
+    config = SLMConfig(vocab_size=KEYS + VALUES, **SIZES, **values)
     if task == "regression":
         network = Regression(config)
 
@@ -125,17 +122,17 @@ def score(task: str, model: str, seed: int) -> float:
         train(network, lambda: error(BATCH).mean(), RATE, STEPS[task])
         with torch.inference_mode():
             return float(error(1024)[:, -1].mean())
-    batch = {"recall": recall_batch, "phone book": phone_book_batch}[task]
+    batch, most = {"recall": (recall_batch, PAIRS), "phone book": (phone_book_batch, ENTRIES)}[task]
     lm = SLMForCausalLM(config)
 
-    def right(B: int) -> tuple[Tensor, Tensor]:
-        ids, labels = batch(B)
+    def right(B: int, how_many: int) -> tuple[Tensor, Tensor]:
+        ids, labels = batch(B, how_many)
         logits = lm(ids, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (logits.argmax(-1) == labels)[labels >= 0]
 
-    train(lm, lambda: right(BATCH)[0], RATE, STEPS[task])
+    train(lm, lambda: right(BATCH, most)[0], RATE, STEPS[task])
     with torch.inference_mode():
-        return float(right(512)[1].float().mean())
+        return float(right(512, most)[1].float().mean())
 
 
 def main(

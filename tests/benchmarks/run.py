@@ -7,7 +7,19 @@ import warnings
 
 from harness import Results
 
-THEMES = ("callbacks", "backbone", "architectures", "data", "classification", "imports", "sharding", "packed", "gpu")
+THEMES = (
+    "callbacks",
+    "backbone",
+    "architectures",
+    "contexts",
+    "decoding",
+    "data",
+    "classification",
+    "imports",
+    "sharding",
+    "packed",
+    "gpu",
+)
 
 
 def main(themes: list[str]) -> int:

@@ -11,10 +11,10 @@ from transformers import MambaConfig, MambaForCausalLM
 from lightning_slm.measure import flops_per_token
 from lightning_slm.models import SLMCache, SLMConfig, SLMForCausalLM
 from lightning_slm.models.registry import TOKEN_MIXERS
-from lightning_slm.nn.mamba import Mamba, _ConvSiLU
+from lightning_slm.nn.mamba import Mamba
 from lightning_slm.nn.mixer import Context
 from lightning_slm.nn.selective_scan import naive_selective_scan
-from lightning_slm.nn.short_conv import ShortConv, naive_short_conv
+from lightning_slm.nn.short_conv import naive_short_conv
 from lightning_slm.nn.targets import weight_targets
 
 TINY = {"pattern": "mamba/-*2", "hidden_size": 32, "positions": "none"}
@@ -53,18 +53,6 @@ def test_outputs_and_gradients_are_the_definitions(options, length):
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     a, b = (torch.autograd.grad((t * weight).sum(), wanted) for t in (y, expected))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("length", [1, 3, 9])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_convolution_with_silu_in_few_passes_is_the_plain_one(length, bias):
-    conv = ShortConv(6, 4, bias).double()
-    x_BTC = torch.randn(2, length, 12, dtype=torch.float64, requires_grad=True)
-    half = x_BTC[..., :6]  # as of a matrix product that makes two things
-    arguments = (conv.weight, conv.bias)
-    assert torch.equal(_ConvSiLU.apply(half, *arguments) > 0, F.silu(conv(half)[0]) > 0)
-    torch.testing.assert_close(_ConvSiLU.apply(half, *arguments), F.silu(conv(half)[0]))
-    assert torch.autograd.gradcheck(lambda x, *w: _ConvSiLU.apply(x[..., :6], *w), (x_BTC, *arguments))
 
 
 def test_with_norms_pieces_and_packed_documents_are_the_whole():

@@ -1,6 +1,6 @@
 """Mamba-2's parts against their definitions and against transformers'; the whole is in tests/models."""
 
-# Shape letters: B = batch, T = tokens, C = channels.
+# Shape letters: B = batch, T = tokens.
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from lightning_slm.measure import flops_per_token
 from lightning_slm.models import SLMConfig, SLMForCausalLM
 from lightning_slm.modules.parameter_groups import parameter_groups
-from lightning_slm.nn.mamba2 import GatedRMSNorm, conv_silu, naive_conv_silu, naive_gated_rms_norm
-from lightning_slm.nn.short_conv import naive_short_conv
+from lightning_slm.nn.mamba2 import GatedRMSNorm, naive_gated_rms_norm
 
 
 def same_with_gradients(a, b, inputs, tolerance):
@@ -25,26 +24,6 @@ def small(**values):
     options = {"state_size": 8, "head_dim": 16, **values.pop("options", {})}
     sizes = {"vocab_size": 61, "hidden_size": 32, "pattern": "mamba2/-*2", "positions": "none", **values}
     return SLMForCausalLM(SLMConfig(mixers={"mamba2": options}, **sizes))
-
-
-@pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 3, 17])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_convolution_and_its_gradients_are_those_of_its_definition(taps, length, bias):
-    wide = torch.randn(2, length, 11, requires_grad=True)
-    weight = torch.randn(6, taps, requires_grad=True)
-    inputs = [wide, weight] + ([torch.randn(6, requires_grad=True)] if bias else [])
-    x = wide[..., 3:9]  # a slice of a projection
-    bias_C = inputs[2] if bias else None
-    same_with_gradients(conv_silu(x, weight, bias_C), naive_conv_silu(x, weight, bias_C), inputs, 1e-5)
-    expected = torch.nn.functional.silu(naive_short_conv(x, weight, bias_C))
-    same_with_gradients(conv_silu(x, weight, bias_C), expected, inputs, 1e-5)
-
-
-def test_first_and_second_derivatives_of_the_convolution_are_right():
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (3, 4), (3,))]
-    assert torch.autograd.gradcheck(conv_silu, inputs)
-    assert torch.autograd.gradgradcheck(conv_silu, inputs)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

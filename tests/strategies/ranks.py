@@ -46,8 +46,21 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "compiled blocks": (FSDP2Strategy, {"compile": True}),
     "offloaded": (FSDP2Strategy, {"cpu_offload": True}),
     "shared blocks": (FSDP2Strategy, {}),
+    "every kind of state": (FSDP2Strategy, {}),
+    "every kind of state, zero 1": (ZeRO1Strategy, {}),
 }
-PATTERNS = {"shared blocks": "attn/mlp@one*2"}
+# A router's balance is a product of means, so that two halves of a batch have another one than the whole.
+_STATES = {
+    "pattern": "mamba/moe mamba2/mlp rwkv4/rwkv4_ffn rwkv7_first/mlp linear_attention/mlp hymba/mlp swa/mlp",
+    "mixers": {"moe": {"experts": 4, "balance": 0.0, "z_loss": 0.0}, "mamba2": {"head_dim": 32, "state_size": 8}},
+    "sliding_window": 4,
+}
+# The models of options that have one of their own.
+BUILT: dict[str, dict[str, Any]] = {
+    "shared blocks": {"pattern": "attn/mlp@one*2", "repeat": 2},
+    "every kind of state": _STATES,
+    "every kind of state, zero 1": _STATES,
+}
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -82,7 +95,7 @@ def losses(folder: Path, processes: int) -> Any:
     for name, (kind, options) in OPTIONS.items():
         for extra in ({}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}):
             notes = Notes()
-            module = make(PATTERNS.get(name, "attn/mlp*2"), repeat=2 if name == "shared blocks" else 1)
+            module = make(**BUILT.get(name, {}))
             run = run_of(folder, processes, kind(**options), logger=notes, **extra)
             halves = 2 if extra.get("accumulate_grad_batches") else 1
             run.fit(module, data(processes, batch=4 // halves))

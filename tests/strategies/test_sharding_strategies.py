@@ -10,7 +10,7 @@ import torch
 from contract import EVERY_CALLBACK, flat
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import StrategyRegistry
-from ranks import OPTIONS, PATTERNS, STEPS, ShardedLlama, data, make, resume, run_of
+from ranks import BUILT, OPTIONS, STEPS, ShardedLlama, data, make, resume, run_of
 from support import ForeignLlama, Notes, differences, run_on_ranks
 from torch import nn
 
@@ -37,10 +37,10 @@ def job(tmp_path_factory):
 
 
 @functools.cache
-def one_process(shared, extra, folder):
+def one_process(built, extra, folder):
     """The same run in this process: losses of all steps, and the weights."""
     notes = Notes()
-    module = make(PATTERNS["shared blocks"], repeat=2) if shared else make()
+    module = make(**BUILT.get(built, {}))
     run_of(Path(folder), 1, "auto", logger=notes, **dict(extra)).fit(module, data(1))
     return [v["train_loss"] for v in notes.steps.values()], flat(module)
 
@@ -50,7 +50,7 @@ def one_process(shared, extra, folder):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_two_processes_learn_what_one_learns_over_20_steps(job, tmp_path_factory, option, extra):
     clip = (("gradient_clip_val", 0.1),) if extra == "gradient_clip_val" else ()
-    losses, weights = one_process(option in PATTERNS, clip, str(tmp_path_factory.getbasetemp()))
+    losses, weights = one_process(option if option in BUILT else None, clip, str(tmp_path_factory.getbasetemp()))
     found = job("losses")[f"{option}, {extra}"]
     assert len(losses) == len(found["losses"]) == STEPS
     assert found["losses"] == pytest.approx(losses, abs=2e-5)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lightning_slm.models.configuration import SLMConfig
+from lightning_slm.models.convert import common
 from lightning_slm.models.convert.mixtral import expert_part, experts
 
 # Ours within a block -> Jamba's within a layer.
@@ -23,11 +24,6 @@ _MAMBA = {
     "ssm.conv": "conv1d", "ssm.dt_norm": "dt_layernorm", "ssm.b_norm": "b_layernorm", "ssm.c_norm": "c_layernorm",
 }  # fmt: skip
 _OUTSIDE = {"model.norm.weight": "model.final_layernorm.weight"}
-_SAME_VALUES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id",
-    "eos_token_id", "pad_token_id",
-)  # fmt: skip
 
 
 def from_jamba_config(theirs: PreTrainedConfig) -> SLMConfig:
@@ -36,9 +32,9 @@ def from_jamba_config(theirs: PreTrainedConfig) -> SLMConfig:
     Raises:
         ValueError: a variant that ours does not have.
     """
-    variants = {"hidden_act": (theirs.hidden_act, "silu"), "mamba_proj_bias": (theirs.mamba_proj_bias, False)}
-    if unknown := {name: given for name, (given, ours) in variants.items() if given != ours}:
-        raise ValueError(f"from_hf: ours has no such variant of Jamba: {unknown}.")
+    common.refuse_variants(
+        "Jamba", hidden_act=(theirs.hidden_act, "silu"), mamba_proj_bias=(theirs.mamba_proj_bias, False)
+    )
     mambas = [kind == "mamba" for kind in theirs.layers_block_type]
     moes = [number > 1 for number in theirs.layers_num_experts]
     blocks = [f"{'mamba' if a else 'attn'}/{'moe' if b else 'mlp'}" for a, b in zip(mambas, moes)]
@@ -46,7 +42,7 @@ def from_jamba_config(theirs: PreTrainedConfig) -> SLMConfig:
     if any(moes):
         mixers["moe"] = experts(theirs, sum(moes), normalize_topk=False)
     return SLMConfig(
-        **{name: getattr(theirs, name) for name in _SAME_VALUES},
+        **common.same_values(theirs, *common.TRANSFORMER),
         head_dim=getattr(theirs, "head_dim", None),
         pattern=_repeating(blocks),
         mixers=mixers or None,

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from lightning_slm.models.configuration import SLMConfig
+from lightning_slm.models.convert import common
 from lightning_slm.models.modeling import SLMForCausalLM
 
 # Ours within a block -> Llama's within a layer; several: stacked along the outputs, in this order.
@@ -17,11 +18,7 @@ _LAYER = {
     "channel_mixer.down_proj": ("mlp.down_proj",),
 }
 _OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-_SAME_VALUES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id",
-    "eos_token_id", "pad_token_id",
-)  # fmt: skip
+_VALUES = (*common.TRANSFORMER, "head_dim")
 
 
 def to_llama(model: SLMForCausalLM) -> LlamaForCausalLM:
@@ -45,17 +42,16 @@ def to_llama(model: SLMForCausalLM) -> LlamaForCausalLM:
 def from_llama_config(theirs: PreTrainedConfig) -> SLMConfig:
     """The configuration of a Llama or Mistral as a pattern of ours."""
     rope = dict(theirs.rope_parameters)
-    variants = {
-        "rope_type": (rope.get("rope_type", "default"), "default"),
-        "hidden_act": (theirs.hidden_act, "silu"),
-        "attention_bias": (getattr(theirs, "attention_bias", False), False),
-        "mlp_bias": (getattr(theirs, "mlp_bias", False), False),
-    }
-    if unknown := {name: given for name, (given, ours) in variants.items() if given != ours}:
-        raise ValueError(f"from_hf: ours has no such variant of Llama: {unknown}.")
+    common.refuse_variants(
+        "Llama",
+        rope_type=(rope.get("rope_type", "default"), "default"),
+        hidden_act=(theirs.hidden_act, "silu"),
+        attention_bias=(getattr(theirs, "attention_bias", False), False),
+        mlp_bias=(getattr(theirs, "mlp_bias", False), False),
+    )
     window = getattr(theirs, "sliding_window", None)
     return SLMConfig(
-        **{name: getattr(theirs, name) for name in _SAME_VALUES},
+        **common.same_values(theirs, *_VALUES),
         pattern=f"{'attn' if window is None else 'swa'}/mlp*{theirs.num_hidden_layers}",
         sliding_window=window,
         rope_theta=rope["rope_theta"],
@@ -78,7 +74,7 @@ def to_llama_config(ours: PreTrainedConfig) -> LlamaConfig:
     if ours.repeat != 1:
         raise ValueError(f"to_hf: repeat={ours.repeat} runs blocks several times, Llama runs each once.")
     return LlamaConfig(
-        **{name: getattr(ours, name) for name in _SAME_VALUES},
+        **common.same_values(ours, *_VALUES),
         num_hidden_layers=len(ours.blocks),
         rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
     )

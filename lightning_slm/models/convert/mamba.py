@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 from lightning_slm.models.configuration import SLMConfig
+from lightning_slm.models.convert import common
 
 # Ours within a block -> theirs within a layer.
 _LAYER = {
@@ -17,16 +18,6 @@ _LAYER = {
     "token_mixer.ssm.D": "mixer.D",
     "token_mixer.out_proj.weight": "mixer.out_proj.weight",
 }
-_OUTSIDE = {
-    "model.embed_tokens.weight": "backbone.embeddings.weight",
-    "model.norm.weight": "backbone.norm_f.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-_SAME_VALUES = (
-    "vocab_size", "hidden_size", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
-    "pad_token_id",
-)  # fmt: skip
-_ANY_LENGTH = 1_048_576  # a state does not mind: tokens that the configuration allows
 
 
 def from_mamba_config(theirs: PreTrainedConfig) -> SLMConfig:
@@ -35,9 +26,7 @@ def from_mamba_config(theirs: PreTrainedConfig) -> SLMConfig:
     Raises:
         ValueError: a variant that ours does not have, by name.
     """
-    variants = {"hidden_act": (theirs.hidden_act, "silu"), "use_bias": (theirs.use_bias, False)}
-    if unknown := {name: given for name, (given, ours) in variants.items() if given != ours}:
-        raise ValueError(f"from_hf: ours has no such variant of Mamba: {unknown}.")
+    common.refuse_variants("Mamba", hidden_act=(theirs.hidden_act, "silu"), use_bias=(theirs.use_bias, False))
     options = {
         "state_size": theirs.state_size,
         "conv_size": theirs.conv_kernel,
@@ -45,20 +34,9 @@ def from_mamba_config(theirs: PreTrainedConfig) -> SLMConfig:
         "dt_rank": theirs.time_step_rank,
         "conv_bias": theirs.use_conv_bias,
     }
-    return SLMConfig(
-        **{name: getattr(theirs, name) for name in _SAME_VALUES},
-        pattern=f"mamba/-*{theirs.num_hidden_layers}",
-        mixers={"mamba": options},
-        num_attention_heads=1,  # there is none, but the width is divided by it
-        positions="none",
-        max_position_embeddings=_ANY_LENGTH,
-        rms_norm_eps=theirs.layer_norm_epsilon,
-    )
+    return common.state_space_config(theirs, "mamba", options)
 
 
 def names(name: str, config: SLMConfig) -> list[str]:
     """Mamba's parameter that one of ours is."""
-    if name in _OUTSIDE:
-        return [_OUTSIDE[name]]
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    return [f"backbone.layers.{layer}.{_LAYER[rest]}"]
+    return common.state_space_names(name, _LAYER)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lightning_slm.models.configuration import SLMConfig
-from lightning_slm.models.convert import llama
+from lightning_slm.models.convert import common, llama
 
 
 def from_mixtral_config(theirs: PreTrainedConfig) -> SLMConfig:
@@ -14,8 +14,7 @@ def from_mixtral_config(theirs: PreTrainedConfig) -> SLMConfig:
     Raises:
         ValueError: a variant that ours does not have.
     """
-    if theirs.router_jitter_noise:
-        raise ValueError(f"from_hf: ours has no router_jitter_noise ({theirs.router_jitter_noise}); set it to 0 first.")
+    common.refuse_variants("Mixtral", router_jitter_noise=(theirs.router_jitter_noise or 0.0, 0.0))
     config = llama.from_llama_config(theirs)
     config.pattern = str(config.pattern).replace("/mlp", "/moe")
     config.mixers = {"moe": experts(theirs, theirs.num_hidden_layers, normalize_topk=True)}

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lightning_slm.models.configuration import SLMConfig
+from lightning_slm.models.convert import common
 from lightning_slm.models.modeling import SLMForCausalLM
 
 _EPS = 1e-5
@@ -24,8 +25,6 @@ _OUTSIDE = {
     "model.norm": "rwkv.ln_out",
     "lm_head": "head",
 }
-_SAME_VALUES = ("vocab_size", "hidden_size", "intermediate_size", "tie_word_embeddings", "bos_token_id", "eos_token_id",
-                "max_position_embeddings")  # fmt: skip
 
 
 def from_rwkv_config(theirs: PreTrainedConfig) -> SLMConfig:
@@ -36,7 +35,7 @@ def from_rwkv_config(theirs: PreTrainedConfig) -> SLMConfig:
             f"{_EPS} for the last one; ours has one for all, so it must be {_EPS}."
         )
     return SLMConfig(
-        **{name: getattr(theirs, name) for name in _SAME_VALUES},
+        **common.same_values(theirs, "intermediate_size", "max_position_embeddings"),
         **_SHELL,
         pattern=f"rwkv4/rwkv4_ffn*{theirs.num_hidden_layers}",
         mixers={"rwkv4": {"attention_hidden_size": theirs.attention_hidden_size}},
@@ -112,7 +111,7 @@ def from_rwkv_cpp(path: str | Path) -> SLMForCausalLM:
         pattern=pattern,
         mixers=mixers,
         tie_word_embeddings=False,
-        max_position_embeddings=2**20,  # its state has no end
+        max_position_embeddings=common.ANY_LENGTH,
     )
     model = SLMForCausalLM(config)
     state = model.state_dict()
