@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_slm.models.decode import make_decoder
 
+TRAINED, DECODED = (512, 2048, 8192), (1024, 8192, 32768)
 FLAT = {
     "Mamba": ("mamba/-*4", {"positions": "none"}),
     "Mamba-2": ("mamba2/-*4", {"positions": "none"}),
@@ -22,7 +23,7 @@ FLAT = {
 
 
 @torch.inference_mode()
-def long_contexts(results: Results, lengths: tuple[int, ...] = (1024, 8192, 32768)) -> dict[str, list[float]]:
+def long_contexts(results: Results, lengths: tuple[int, ...] = DECODED) -> dict[str, list[float]]:
     """Seconds of a step after so many tokens, and the bytes of what is kept, longest to shortest."""
     found: dict[str, list[float]] = {}
     for name, (pattern, values) in FLAT.items():
@@ -53,7 +54,7 @@ def _bytes(cache: object) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def long_training(results: Results, lengths: tuple[int, ...] = (512, 2048, 8192)) -> dict[str, list[float]]:
+def long_training(results: Results, lengths: tuple[int, ...] = TRAINED) -> dict[str, list[float]]:
     """Milliseconds per 1000 tokens of training, at a constant number of tokens a step."""
     found: dict[str, list[float]] = {}
     for name, (pattern, values) in FLAT.items():
@@ -77,11 +78,14 @@ def plot(steps: dict[str, list[float]], training: dict[str, list[float]], path: 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, values in training.items():
-        left.plot((512, 2048, 8192), values, marker="o", label=name)
+        left.plot(TRAINED, values, marker="o", label=name)
     for name, values in steps.items():
-        right.plot((1024, 8192, 32768), [1e3 * v for v in values], marker="o", label=name)
-    for axes, title in ((left, "training, ms per 1000 tokens"), (right, "one step of decoding, ms")):
-        axes.set(xscale="log", yscale="log", xlabel="tokens of the text", title=title)
+        right.plot(DECODED, [1e3 * v for v in values], marker="o", label=name)
+    both = ((left, TRAINED, "training, ms per 1000 tokens"), (right, DECODED, "one step of decoding, ms"))
+    for axes, lengths, title in both:
+        axes.set(xscale="log", ylim=0, xlabel="tokens of the text", title=title)
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)

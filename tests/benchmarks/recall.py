@@ -36,12 +36,12 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, 
 MAMBA2 = {"state_size": 16, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "attention": {"pattern": "attn/mlp*2"},
-    "Mamba, state of 1": {"pattern": "mamba/mlp*2", "positions": "none", "mixers": {"mamba": {"state_size": 1}}},
-    "Mamba, state of 16": {"pattern": "mamba/mlp*2", "positions": "none"},
-    "Mamba-2, state of 16": {"pattern": "mamba2/mlp*2", "positions": "none", "mixers": {"mamba2": MAMBA2}},
+    "Mamba with a state of 1": {"pattern": "mamba/mlp*2", "positions": "none", "mixers": {"mamba": {"state_size": 1}}},
+    "Mamba with a state of 16": {"pattern": "mamba/mlp*2", "positions": "none"},
+    "Mamba-2 with a state of 16": {"pattern": "mamba2/mlp*2", "positions": "none", "mixers": {"mamba2": MAMBA2}},
     "RWKV-4": {"pattern": "rwkv4/rwkv4_ffn*2", "positions": "none", "norm": "layer", "embedding_norm": True},
     "linear attention": {"pattern": "linear_attention/mlp*2"},
-    "Samba, window of 8": {"pattern": "mamba/mlp swa/mlp", "sliding_window": 8},
+    "Samba with a window of 8": {"pattern": "mamba/mlp swa/mlp", "sliding_window": 8},
     "Mamba and attention": {"pattern": "mamba/mlp attn/mlp", "positions": "none"},
     "MambaFormer": {"pattern": "mamba/- attn/- mamba/- attn/- mamba/-", "positions": "none"},
 }

@@ -92,7 +92,7 @@ def test_labels_are_texts_whatever_json_has(tmp_path):
         ("t.tsv", "text\tlabel\na\tx\nb\n", r"row 3 has only 1 fields.*remove them\.$"),
         ("t.jsonl", '{"text": "a", "label": NaN}\n', "row 1 has no label"),
         ("t.jsonl", '{"text": null, "label": 1}\n', "row 1 has no text"),
-        ("t.jsonl", '{"text": "a", "lable": 1}\n', r"line 1 has no key label='label'. Near names: 'lable'"),
+        ("t.jsonl", '{"text": "a", "labels": 1}\n', r"line 1 has no key label='label'. Near names: 'labels'"),
         ("t.jsonl", "[1]\n", "line 1 is a list, no object"),
         ("t.jsonl", "{\n", "line 1 is no JSON"),
         ("t.csv", "txt,label\na,x\n", r"no column text='text'. Near names: 'txt'"),
@@ -117,8 +117,8 @@ def test_a_number_beyond_the_columns_numbers_in_json_and_a_file_that_is_not_ther
         read_examples(tmp_path / "train.csv", Columns(text=0, label=2))
     with pytest.raises(ValueError, match=r"have names, no numbers; \{'text': 0\}"):
         read_examples(write(tmp_path / "t.jsonl"), Columns(text=0))
-    with pytest.raises(ValueError, match=r"'.*trian.csv' is no file. Near names: 'train.csv'"):
-        read_examples(tmp_path / "trian.csv", Columns())
+    with pytest.raises(ValueError, match=r"'.*training.csv' is no file. Near names: 'train.csv'"):
+        read_examples(tmp_path / "training.csv", Columns())
 
 
 # Splits and classes

@@ -108,7 +108,7 @@ def test_options_of_mixers_are_checked(monkeypatch):
 
     monkeypatch.setitem(registry.TOKEN_MIXERS, "sized", Sized)
     assert SLMConfig(pattern="sized/mlp", mixers={"sized": {"size": 4}}).options("sized") == {"size": 4}
-    with pytest.raises(ValueError, match=r"'sized' has no option 'siz'. Near names: 'size'"):
-        SLMConfig(pattern="sized/mlp", mixers={"sized": {"siz": 4}})
+    with pytest.raises(ValueError, match=r"'sized' has no option 'sizes'. Near names: 'size'"):
+        SLMConfig(pattern="sized/mlp", mixers={"sized": {"sizes": 4}})
     with pytest.raises(ValueError, match="'sized' is not in pattern 'attn/mlp'"):
         SLMConfig(pattern="attn/mlp", mixers={"sized": {"size": 4}})
