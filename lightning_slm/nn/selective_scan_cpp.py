@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_slm.nn.kernels import OptionalKernel
-from lightning_slm.nn.selective_scan import TORCH, Core, chunk_size, rates
+from lightning_slm.nn.selective_scan_core import TORCH, Core, chunk_size, rates
 
 ON = "LIGHTNING_SLM_CPP"  # set to 1 in the environment: used wherever it can be
 _SOURCE = Path(__file__).with_suffix("").with_name("selective_scan.cpp")

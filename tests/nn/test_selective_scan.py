@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_slm.nn import selective_scan as scans
+from lightning_slm.nn import selective_scan_core as core_of_scan
 from lightning_slm.nn import selective_scan_cpp as cpp
 from lightning_slm.nn import selective_scan_mamba_ssm as mamba_ssm
 from lightning_slm.nn.selective_scan import naive_selective_scan, selective_scan
@@ -73,7 +74,7 @@ def test_float32_is_near_double_precision():
 
 @pytest.mark.parametrize("starts", [False, True], ids=["one text", "starts"])
 def test_gradcheck_with_first_and_last_state(monkeypatch, starts):
-    monkeypatch.setattr(scans, "_CHUNK", 4)
+    monkeypatch.setattr(core_of_scan, "_CHUNK", 4)
     arguments, starts_BT = inputs(2, 10, 3, 2), some_starts(2, 10) if starts else None
     assert torch.autograd.gradcheck(lambda *tensors: selective_scan(*tensors, starts_BT), arguments)
 
@@ -94,7 +95,7 @@ def test_a_text_in_two_parts_is_the_whole_text():
 def test_how_many_rows_are_worked_on_together_changes_nothing(monkeypatch):
     arguments = inputs(5, 20, 4, 3)
     together = outputs_and_gradients(selective_scan, arguments)
-    monkeypatch.setattr(scans, "_CACHED", 2 * 16 * 4 * 3)  # two rows
+    monkeypatch.setattr(core_of_scan, "_CACHED", 2 * 16 * 4 * 3)  # two rows
     agree(outputs_and_gradients(selective_scan, arguments), together, 1e-12)
 
 
@@ -103,15 +104,17 @@ def test_how_many_rows_are_worked_on_together_changes_nothing(monkeypatch):
 def test_groups_of_tokens_at_once_are_tokens_one_by_one(L, group, reverse):
     x, decay = torch.randn(2, L, 3, 4, dtype=torch.float64), torch.rand(2, L, 3, 4, dtype=torch.float64)
     one_by_one, grouped = x.clone(), x.clone()
-    scans.recurrence_(one_by_one, decay, reverse)
-    scans.grouped_recurrence_(grouped, decay, group, reverse)
+    core_of_scan.recurrence_(one_by_one, decay, reverse)
+    core_of_scan.grouped_recurrence_(grouped, decay, group, reverse)
     torch.testing.assert_close(grouped, one_by_one)
 
 
 def test_the_scan_of_a_gpu_computed_here_is_the_recurrences(monkeypatch):
-    monkeypatch.setattr(scans, "_CHUNK", 32)
+    monkeypatch.setattr(core_of_scan, "_CHUNK", 32)
     monkeypatch.setattr(
-        scans, "recurrence_", lambda x, decay, reverse=False: scans.grouped_recurrence_(x, decay, 5, reverse)
+        core_of_scan,
+        "recurrence_",
+        lambda x, decay, reverse=False: core_of_scan.grouped_recurrence_(x, decay, 5, reverse),
     )
     arguments, starts_BT = inputs(2, 32 + 9, 4, 3), some_starts(2, 32 + 9)
     agree(*(outputs_and_gradients(f, arguments, starts_BT) for f in (selective_scan, naive_selective_scan)), 1e-10)
@@ -267,7 +270,7 @@ def test_cpp_computes_the_same_to_1e_5(in_cpp, monkeypatch, shape, starts):
     arguments = inputs(*shape, torch.float32)
     starts_BT = some_starts(*shape[:2]) if starts else None
     calls = []
-    core = scans.Core(lambda *a: calls.append("forward") or in_cpp.forward(*a), in_cpp.backward)
+    core = core_of_scan.Core(lambda *a: calls.append("forward") or in_cpp.forward(*a), in_cpp.backward)
     monkeypatch.setattr(cpp, "core_for", lambda x: core)
     got = outputs_and_gradients(selective_scan, arguments, starts_BT)
     assert calls == ["forward"]
