@@ -24,6 +24,7 @@ from support import (
     differences,
     kill_and_resume,
     learned,
+    leave_together,
     trainer,
 )
 from torch import nn
@@ -303,3 +304,4 @@ if __name__ == "__main__":
         except Exception as error:  # the same on both ranks, if it is the callback's
             results[title] = {"error": f"{type(error).__name__}: {error}"}
         torch.save(results, folder / f"results.{os.environ.get('LOCAL_RANK', 0)}.pt")
+    leave_together()

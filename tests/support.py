@@ -243,6 +243,15 @@ def run_on_ranks(script: Path, *arguments: Any, timeout: int) -> str:
     return text
 
 
+def leave_together() -> None:
+    """The last line of a script with several ranks: who leaves first breaks the others off, and a group of gloo that
+    is left to the end of the interpreter may abort there.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def on_two_ranks(body: str, folder: Path) -> None:
     """Run ``body`` in two processes that are ranks of a gloo group; it finds ``rank`` and a ``mesh`` of both."""
     script = folder / "ranks.py"
@@ -265,7 +274,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank
 mesh = init_device_mesh("cpu", (2,))
 """
 _AFTER = """
-torch.distributed.barrier()  # who leaves first would break the other off
+torch.distributed.barrier()  # as `leave_together`
 torch.distributed.destroy_process_group()
 """
 

@@ -6,7 +6,6 @@
 # Shape letters: B = batch, T = tokens.
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from support import Demo, ForeignLlama, Notes, batches, checkpoint, differences, kill_and_resume, trainer
+from support import (
+    Demo,
+    ForeignLlama,
+    Notes,
+    batches,
+    checkpoint,
+    differences,
+    kill_and_resume,
+    leave_together,
+    run_on_ranks,
+    trainer,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -364,11 +374,7 @@ class Sharded(Worker):
 
 @pytest.mark.slow
 def test_two_ranks_are_summed_and_shards_cost_what_whole_weights_do(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_ranks(Path(__file__), tmp_path, timeout=200)
     for strategy in ("ddp", "halves"):
         ranks = [torch.load(tmp_path / f"{strategy}.{rank}.pt") for rank in range(2)]
         assert ranks[0] == ranks[1]  # the same figures everywhere
@@ -414,3 +420,4 @@ class SeeMetrics(Callback):
 
 if __name__ == "__main__":
     two_ranks(sys.argv[1])
+    leave_together()

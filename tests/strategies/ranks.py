@@ -23,7 +23,7 @@ from contract import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from support import ForeignLlama, Notes, batches, differences, kill_and_resume, learned, trainer
+from support import ForeignLlama, Notes, batches, differences, kill_and_resume, learned, leave_together, trainer
 from torch.distributed.fsdp import fully_shard
 
 from lightning_slm.callbacks import GradualPruning, KnowledgeDistillation
@@ -349,3 +349,4 @@ if __name__ == "__main__":
     result = globals()[job](folder, processes)
     if rank() == 0:
         torch.save(result, folder / f"{job}.pt")
+    leave_together()

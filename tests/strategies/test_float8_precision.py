@@ -52,7 +52,7 @@ ON_TWO_RANKS = """
     warnings.simplefilter("ignore")
     import torch
     torch.set_num_threads(1)
-    from support import ForeignLlama, batches, differences, kill_and_resume, learned, trainer
+    from support import ForeignLlama, batches, differences, kill_and_resume, learned, leave_together, trainer
     from lightning_slm.models import SLMConfig, SLMForCausalLM
     from lightning_slm.quantization.float8 import gathers_float8
     from lightning_slm.strategies.float8_precision import Float8Precision
@@ -108,6 +108,7 @@ ON_TWO_RANKS = """
     run.save_checkpoint(folder / "shards")
     results["shards"] = {key: value.full_tensor() for key, value in module.state_dict().items()}
     torch.save(results, folder / f"results.{RANK}.pt")
+    leave_together()
 """
 
 
