@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_slm.nn.targets import Target
 
-Budget = Literal["layer", "global"]
+# Which weights compete: those of a row (one output), of a layer, of all layers.
+Budget = Literal["row", "layer", "global"]
 
 
 def prune_mask(scores_OI: Tensor, sparsity: float, group: int | None = None) -> Tensor:
@@ -37,10 +38,7 @@ def prune_mask(scores_OI: Tensor, sparsity: float, group: int | None = None) -> 
     if group is None:
         return _lowest(scores_OI.flatten(), round(sparsity * scores_OI.numel())).view(scores_OI.shape)
     check_group(sparsity, group, inputs=scores_OI.shape[1], name="scores")
-    groups = scores_OI.reshape(-1, group)
-    # A stable sort, since topk may break ties differently from one call to the next.
-    order = groups.sort(dim=1, stable=True).indices[:, : round(sparsity * group)]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores_OI.shape)
+    return _lowest_of_each(scores_OI.reshape(-1, group), round(sparsity * group)).view(scores_OI.shape)
 
 
 def prune_masks(
@@ -55,12 +53,15 @@ def prune_masks(
         scores: one (O, I) tensor per layer; weights that must stay pruned score ``-inf``.
         sparsity: share of the weights to prune at the end of the ramp.
         group: as for `prune_mask`.
-        budget: "layer" prunes the same share of each layer; "global" the lowest scores wherever they are.
+        budget: "row" prunes the same share of each row, rounded to whole weights; "layer" of each layer; "global" the
+            lowest scores wherever they are.
         ramp: part of ``sparsity`` that is due now, 0 to 1.
     """
     if group is not None:
         candidates = [prune_mask(s, sparsity, group) for s in scores]
         scores = [s.masked_fill(~c, math.inf) for s, c in zip(scores, candidates)]
+    if budget == "row":
+        return [_lowest_of_each(s, round(ramp * sparsity * s.shape[1])) for s in scores]
     if budget == "layer":
         return [prune_mask(s, ramp * sparsity) for s in scores]
     flat = torch.cat([s.flatten() for s in scores])
@@ -97,6 +98,13 @@ def check_group(sparsity: float, group: int, inputs: int, name: str) -> None:
             f"{name!r}: sparsity={sparsity} of group={group} must be whole weights in whole groups, but a row has "
             f"{inputs} inputs; skip this layer, or choose another group (None: the whole layer)."
         )
+
+
+def _lowest_of_each(scores: Tensor, count: int) -> Tensor:
+    """True at the ``count`` lowest entries of each row; among equals the first."""
+    # A stable sort, since topk may break ties differently from one call to the next.
+    order = scores.sort(dim=1, stable=True).indices[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
