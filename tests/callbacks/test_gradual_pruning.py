@@ -232,6 +232,97 @@ def test_another_criterion_is_one_method(tmp_path):
         assert (target.weight[:, :half] != 0).all()
 
 
+class Record(Callback):
+    """Weight, gradient and inputs of every training step of one layer, before anyone may act on them."""
+
+    name = "net.model.layers.1.mlp.up_proj"
+
+    def __init__(self):
+        self.weights, self.grads, self.inputs = [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        def look(module, args):
+            if module.training:
+                self.inputs.append(args[0].detach().flatten(0, 1))
+
+        pl_module.get_submodule(self.name).register_forward_pre_hook(look)
+
+    def on_after_backward(self, trainer, pl_module):
+        weight = pl_module.get_submodule(self.name).weight
+        self.weights.append(weight.detach().clone())
+        self.grads.append(weight.grad.clone())
+
+
+def lowest(scores, count):
+    """True at the lowest, by a sort of the whole layer."""
+    order = scores.flatten().argsort()[:count]
+    return torch.zeros(scores.numel(), dtype=torch.bool).scatter_(0, order, True).view_as(scores)
+
+
+@pytest.mark.parametrize("criterion", ["movement", "taylor", "wanda"])
+def test_the_first_weights_to_go_are_those_of_the_criterions_formula(tmp_path, criterion):
+    """Pruned at once after 6 steps, which the criterion has seen, as their gradients are before clipping."""
+    record, callback = Record(), GradualPruning(0.75, begin=0.6, end=0.6, criterion=criterion)
+    model = fit(tmp_path, record, callback, gradient_clip_val=0.1)
+    grads = [w * g for w, g in zip(record.weights[:6], record.grads[:6])]
+    zeros = model.get_submodule(record.name).weight == 0
+    if criterion != "wanda":
+        scores = -sum(grads) if criterion == "movement" else sum(x.square() for x in grads)
+        assert torch.equal(zeros, lowest(scores, round(0.75 * scores.numel())))
+        return
+    norms = torch.cat(record.inputs[:6]).norm(dim=0)
+    dense = fit(tmp_path, gradient_clip_val=0.1, steps=6).get_submodule(record.name).weight.detach()
+    assert torch.equal(zeros, torch.stack([lowest(row, round(0.75 * len(row))) for row in dense.abs() * norms]))
+
+
+@pytest.mark.parametrize("saved_at", [5, 10], ids=["on the ramp", "after it"])
+@pytest.mark.parametrize("criterion", ["movement", "taylor", "wanda"])
+def test_what_a_criterion_has_seen_survives_a_kill(tmp_path, criterion, saved_at):
+    def callbacks():  # saved between two looks, of which the second one depends on all that was seen
+        return [GradualPruning(0.5, end=0.75, every=4, criterion=criterion)]
+
+    straight, resumed = kill_and_resume(ForeignLlama, callbacks, tmp_path, saved_at=saved_at, steps=12)
+    assert differences(learned(straight), learned(resumed)) == []
+
+
+@pytest.mark.parametrize("criterion", ["movement", "taylor", "wanda"])
+@pytest.mark.parametrize("group", [None, 4])
+def test_every_criterion_ends_at_the_share_asked_for_and_accumulates_over_micro_batches(tmp_path, criterion, group):
+    ends = []
+    for size, parts in ((2, 1), (1, 2)):
+        torch.manual_seed(0)
+        module = ForeignLlama()
+        callback = GradualPruning(0.5, group=group, end=0.5, every=2, criterion=criterion)
+        run = trainer(tmp_path, [callback], steps=8, accumulate_grad_batches=parts)
+        run.fit(module, batches(batch_size=size))
+        ends.append(module)
+        assert all((t.weight == 0).float().mean() == 0.5 for t in weight_targets(module))
+    same = [(a.weight == 0) == (b.weight == 0) for a, b in zip(*map(weight_targets, ends))]
+    assert torch.cat([s.flatten() for s in same]).float().mean() > 0.99  # up to the order of sums
+
+
+def test_a_budget_of_rows_is_exact_in_every_row(tmp_path):
+    model = fit(tmp_path, GradualPruning(0.5, end=0.5, budget="row"))
+    for target in weight_targets(model):
+        assert ((target.weight == 0).sum(1) == target.weight.shape[1] // 2).all()
+
+
+def test_a_criterion_that_has_seen_nothing_waits_for_the_steps_of_one_look(tmp_path):
+    watch = Watch()
+    fit(tmp_path, watch, GradualPruning(0.5, end=0.0, every=4, criterion="movement"))
+    assert [z.float().mean().item() for z in watch.zeros] == [0.0] * 4 + [0.5] * 6
+    with pytest.warns(NoEffectWarning, match=r"a sparsity of 0.000 of 0.5"):
+        fit(tmp_path, GradualPruning(0.5, end=0.0, every=40, criterion="movement"))
+
+
+def test_frozen_weights_cannot_be_judged_by_their_gradient(tmp_path):
+    module = ForeignLlama()
+    module.net.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight' is frozen.* skip it"):
+        fit(tmp_path, GradualPruning(criterion="taylor"), module=module)
+    fit(tmp_path, GradualPruning(criterion="wanda"), module=module)
+
+
 def test_a_run_too_short_says_so(tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -249,8 +340,8 @@ def test_a_run_too_short_says_so(tmp_path):
     [
         ({"begin": 0.7, "end": 0.6}, "must be 0 <= begin <= end <= 1"),
         ({"every": 0}, "every=0 must be at least 1"),
-        ({"budget": "model"}, "budget='model' must be 'layer' or 'global'"),
-        ({"criterion": "wanda"}, "override `GradualPruning.scores`"),
+        ({"budget": "model"}, "budget='model' must be 'row', 'layer', 'global' or None"),
+        ({"criterion": "movment"}, "criterion='movment' is unknown. Near names: 'movement'"),
         ({"sparsity": 0.0}, "sparsity=0.0 must lie between 0 and 1"),
         ({"group": 3}, r"'net.model.layers.0.self_attn.q_proj.weight': sparsity=0.5 of group=3 must be whole"),
         ({"targets": "*q_prj"}, r"targets='\*q_prj' matches no weight of the model. Near names: .*q_proj'"),
