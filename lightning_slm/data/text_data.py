@@ -125,10 +125,8 @@ class TextData(ResumableData):
         corpus = find_corpus(self.path)
         content = caches.content_of(corpus, self.cache_dir)
         self._tokenizer = self._make_tokenizer(corpus, content)
-        key = caches.digest(content, *self._split_key(), fingerprint(self._tokenizer))
-        self._cache = caches.cached(self.cache_dir / "tokens" / key, lambda folder: self._encode(corpus, folder))
+        self._cache = self._tokens(corpus, content)
         self.vocab_size = vocabulary_needed(self._tokenizer)
-        self._check_corpus(corpus)
 
     def setup(self, stage: str | None = None) -> None:
         """Check what the stage will need: whole windows in its splits, and a model with a row for every id."""
@@ -177,6 +175,13 @@ class TextData(ResumableData):
             trained = trained_tokenizer(self.cache_dir / "tokenizers" / f"{key}.json", train)
         return with_mask_token(trained) if self.mask_token else trained
 
+    def _tokens(self, corpus: Corpus, content: str) -> caches.TokenCache:
+        assert self._tokenizer is not None
+        key = caches.digest(content, *self._split_key(), fingerprint(self._tokenizer))
+        cache = caches.cached(self.cache_dir / "tokens" / key, lambda folder: self._encode(corpus, folder))
+        _check_corpus(corpus, cache)
+        return cache
+
     def _encode(self, corpus: Corpus, folder: Path) -> caches.TokenCache:
         assert self._tokenizer is not None
         skipped: Counter[str] = Counter()
@@ -195,11 +200,6 @@ class TextData(ResumableData):
             check_column(self.text_column, corpus.data_set.column_names, corpus.name)
             rows = corpus.data_set.select_columns([self.text_column]).iter(batch_size=1024)
             yield from usable((value for batch in rows for value in batch[self.text_column]), skipped)
-
-    def _check_corpus(self, corpus: Corpus) -> None:
-        if not sum(split.tokens for split in self.cache.splits.values()):
-            reasons = f" Skipped: {_listed(self.cache.skipped)}." if self.cache.skipped else ""
-            raise ValueError(f"{corpus.name} has no text: {len(corpus.files)} files were read.{reasons}")
 
     def _check_windows(self, split: str) -> None:
         rank_windows = 1 if split != "train" else self.batch_size
@@ -224,6 +224,12 @@ class TextData(ResumableData):
 
     def _fraction(self, split: str) -> float:
         return {"val": self.val_fraction, "test": self.test_fraction}[split]
+
+
+def _check_corpus(corpus: Corpus, cache: caches.TokenCache) -> None:
+    if not sum(split.tokens for split in cache.splits.values()):
+        reasons = f" Skipped: {_listed(cache.skipped)}." if cache.skipped else ""
+        raise ValueError(f"{corpus.name} has no text: {len(corpus.files)} files were read.{reasons}")
 
 
 def _embedding_rows(module: Any) -> int | None:
