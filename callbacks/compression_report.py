@@ -82,6 +82,8 @@ class CompressionReport(Callback):
                     self._before = self._measure(trainer, pl_module, source, quantized=False)
         trainer.strategy.barrier("CompressionReport before")
 
+    before_first_cut = on_train_start  # by StructuredPruning, which comes first
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure "after", when every callback has had its last word on the weights, and write the report."""
         source = _at_hand(network_of(pl_module), trainer)

@@ -92,6 +92,12 @@ class QuantizationAwareTraining(Callback):
                 stacklevel=2,
             )
 
+    def on_new_structure(self, pl_module: Any) -> None:
+        """The model has become smaller: find the layers again, and whether their rows still go into groups."""
+        on = self._on
+        self._prepare(pl_module)
+        self._switch(pl_module, on)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the model prepared and rounding: as it will be exported."""
         if self._undo is not None:

@@ -68,6 +68,10 @@ class ThroughputMonitor(Callback):
         self._stepped = trainer.global_step
         self._undo.append(wrap_method(trainer, "save_checkpoint", lambda *a, **kw: self._save(trainer, *a, **kw)))
 
+    def on_new_structure(self, pl_module: Any) -> None:
+        """A smaller model has another formula."""
+        self._formulas.clear()
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Count the tokens of this batch."""
         self._throughput.start()

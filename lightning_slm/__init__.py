@@ -12,13 +12,22 @@ __version__ = "0.1.0"
 # Public name -> the sub-package that exports it. Everything here also is a short name for the command line.
 _EXPORTS = {
     "lightning_slm.callbacks": (
+        "ADMMPruning",
         "CompressionReport",
+        "DynamicBatchLoading",
         "GradualPruning",
         "KnowledgeDistillation",
+        "L0Pruning",
+        "MagnitudePruning",
+        "NMSparseTraining",
         "QuantizationAwareTraining",
+        "ShearedPruning",
+        "SparseGPTPruning",
+        "StructuredPruning",
         "ThroughputMonitor",
+        "WandaPruning",
     ),
-    "lightning_slm.data": ("ClassificationData", "TextData"),
+    "lightning_slm.data": ("ClassificationData", "DomainData", "TextData"),
     "lightning_slm.errors": ("NoEffectWarning",),
     "lightning_slm.models": ("SLMConfig", "SLMForCausalLM", "SLMForMaskedLM", "SLMForSequenceClassification"),
     "lightning_slm.modules": ("CausalLM", "MaskedLM", "MuonAdamW", "SequenceClassifier"),

@@ -18,6 +18,7 @@ THEMES = (
     "imports",
     "sharding",
     "packed",
+    "one_shot",
     "gpu",
 )
 

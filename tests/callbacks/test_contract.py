@@ -6,6 +6,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch.callbacks
@@ -15,6 +16,7 @@ import pytorch_lightning
 import torch
 import yaml
 from contract import (
+    ELSEWHERE,
     EVERY_CALLBACK,
     MODULES,
     ON_TWO_RANKS,
@@ -63,7 +65,8 @@ def _comparable_numbers(monkeypatch):
 
 
 def test_the_table_has_every_callback_of_the_registry():
-    assert sorted(EVERY_CALLBACK) == sorted(registry.__all__)
+    assert sorted([*EVERY_CALLBACK, *ELSEWHERE]) == sorted(registry.__all__)
+    assert all((Path(__file__).parent / file).is_file() for file in ELSEWHERE.values())
     assert set(registry.__all__) < set(lightning_slm.__all__)  # short names, for the command line
 
 
@@ -179,7 +182,9 @@ def test_what_a_run_broken_off_leaves_behind_does_not_disturb_the_next_one(tmp_p
 
 
 @pytest.mark.parametrize("kind", ["DeepSpeedStrategy", "FSDPStrategy"])
-@pytest.mark.parametrize("name", ["GradualPruning", "CompressionReport"])
+@pytest.mark.parametrize(
+    "name", ["GradualPruning", "CompressionReport", "MagnitudePruning", "NMSparseTraining", "WandaPruning"]
+)
 def test_who_needs_matrices_refuses_strategies_that_flatten_them_before_anything_happens(name, kind):
     """DeepSpeed and FSDP1 want a GPU: this is all that can be tried of them here."""
     strategy = object.__new__(getattr(lightning.pytorch.strategies, kind))
@@ -330,7 +335,7 @@ def test_on_two_ranks_it_resumes_bit_identically_and_learns_what_one_process_lea
     assert found["steps"] == 8
     plain = MODULES[kind].make()
     assert list(found["state_dict"]) == list(plain.state_dict())
-    if name in ("GradualPruning", "all"):
+    if name in ("GradualPruning", "NMSparseTraining", "all"):
         weights = [found["state_dict"][t.name] for t in weight_targets(plain)]
         assert all(((weight.reshape(-1, 4) == 0).sum(1) >= 2).all() for weight in weights)
     alone, start, _ = fit(kind, make_callbacks(kind, name), tmp_path, batch_size=4)
