@@ -8,7 +8,8 @@ put there) is made smaller, and trained for ``recovery`` steps more at a third o
 
 - criteria: half of the feed-forward units go, by lot and by criteria;
 - width and depth: down to the same number of parameters, that of the model without a third of its layers;
-- "new weights": the narrow model's shape, trained for ``recovery`` steps from random weights, at the dense rates.
+- "new weights": the narrow model's shape, trained for ``recovery`` steps from random weights, at the dense rates;
+- "two of four zero": the large model with half of its weights zero, for its speed (they are not held in training).
 
 WikiText head and this Python's standard library together. Calibration: 64 windows of 256 tokens of the training split,
 drawn with the seed. Perplexity of the first 64 windows of the validation split, mean over seeds, spread in brackets.
@@ -33,7 +34,7 @@ from runs import read, run_missing
 
 from lightning_slm.measure.speed import greedy_stream, latency
 from lightning_slm.models import SLMForCausalLM
-from lightning_slm.pruning import shape_of, structured_
+from lightning_slm.pruning import magnitude_, shape_of, structured_
 
 HALF: dict[str, Any] = {"unit": "ffn", "ratio": 0.5}
 CRITERIA = ("random", "magnitude", "activation", "taylor", "taylor2", "michel")
@@ -47,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "depth, top": {"unit": "layer", "criterion": "top", "ratio": 1 / 3},
     "depth, random": {"unit": "layer", "criterion": "random", "ratio": 1 / 3},
     "width, new weights": {"unit": ["ffn", "hidden"], "criterion": "activation"},
+    "two of four zero": {},
 }
 
 
@@ -57,15 +59,17 @@ def smaller(method: str, seed: int, steps: int, recovery: int, folder: Path) -> 
         how["parameters"] = without_a_third(folder, steps)
     if how:
         structured_(model, calibration(folder, seed), seed=seed, **how)
+    if method == "two of four zero":
+        magnitude_(model, sparsity=0.5, group=4)
     fresh = method.endswith("new weights")
     if fresh:
         pl.seed_everything(seed, verbose=False)
         model = SLMForCausalLM(model.config)
     module = learner(model, 1.5e-2 if fresh else 5e-3)
-    at_once = perplexity(module, folder)
+    at_once, fast = perplexity(module, folder), speeds(model.eval())
     train(module, folder, recovery, seed=1 + seed)
     sizes = {size: shape_of(model)[size] for size in ("parameters", "layers", "hidden", "ffn")}
-    return {"at once": at_once, "recovered": perplexity(module, folder), **sizes, **speeds(model.eval())}
+    return {"at once": at_once, "recovered": perplexity(module, folder), **sizes, **fast}
 
 
 def without_a_third(folder: Path, steps: int) -> int:
@@ -107,16 +111,7 @@ def table(folder: Path) -> str:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read(folder):
         found[line["method"]].append(line)
-    head = (
-        "method",
-        "seeds",
-        "shape",
-        "parameters",
-        "perplexity at once",
-        "recovered",
-        "read/s",
-        "write/s",
-    )
+    head = ("method", "seeds", "shape", "parameters", "perplexity at once", "recovered", "read/s", "write/s")
     rows = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
     for method, lines in found.items():
         one = lines[0]

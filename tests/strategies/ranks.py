@@ -349,4 +349,5 @@ if __name__ == "__main__":
     result = globals()[job](folder, processes)
     if rank() == 0:
         torch.save(result, folder / f"{job}.pt")
-    leave_together()
+    if job != "killed":  # where there is nobody left to leave with
+        leave_together()
