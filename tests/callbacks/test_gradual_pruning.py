@@ -341,7 +341,7 @@ def test_a_run_too_short_says_so(tmp_path):
         ({"begin": 0.7, "end": 0.6}, "must be 0 <= begin <= end <= 1"),
         ({"every": 0}, "every=0 must be at least 1"),
         ({"budget": "model"}, "budget='model' must be 'row', 'layer', 'global' or None"),
-        ({"criterion": "movment"}, "criterion='movment' is unknown. Near names: 'movement'"),
+        ({"criterion": "movements"}, "criterion='movements' is unknown. Near names: 'movement'"),
         ({"sparsity": 0.0}, "sparsity=0.0 must lie between 0 and 1"),
         ({"group": 3}, r"'net.model.layers.0.self_attn.q_proj.weight': sparsity=0.5 of group=3 must be whole"),
         ({"targets": "*q_prj"}, r"targets='\*q_prj' matches no weight of the model. Near names: .*q_proj'"),

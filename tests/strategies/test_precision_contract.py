@@ -344,6 +344,6 @@ def test_on_two_ranks_with_all_that_go_together_it_resumes_bit_identically(two_r
     assert found["logged"].keys() == whole["logged"].keys()
     shares = {"slm/flip_rate": 0.05, "slm/zero_fraction": 0.01}
     for name, values in found["logged"].items():
-        assert len(values) == 8
+        assert len(values) == (7 if name.startswith("slm/mask_flips") else 8), name  # flips: from the second step on
         assert values == pytest.approx(whole["logged"][name], rel=shares.get(name, 1e-4))
     assert ("slm/flip_rate" in found["logged"]) is precision.startswith("BitNet")
