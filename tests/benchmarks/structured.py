@@ -2,6 +2,7 @@
 
     python tests/benchmarks/structured.py FOLDER [steps] [recovery] [seeds]   the runs, a line of FOLDER/runs.jsonl each
     python tests/benchmarks/structured.py FOLDER --table                      the table of the lines that are there
+    python tests/benchmarks/structured.py FOLDER --speed                      five sizes by turns: speed over the dense
 
 The model of 5 million parameters that ``pruning.py`` trains for ``steps`` steps (once; kept as FOLDER/dense_<steps>, or
 put there) is made smaller, and trained for ``recovery`` steps more at a third of the rates. Three comparisons:
@@ -99,6 +100,25 @@ def speeds(model: SLMForCausalLM, runs: int = 7) -> dict[str, float]:
     return {"read/s": ids.numel() / statistics.median(times), "write/s": writing.tokens_per_second}
 
 
+def speed_by_turns(folder: Path, steps: int = 1000, rounds: int = 5) -> str:
+    """Medians over the rounds of speed divided by the dense model's in the same round; weights do not matter here."""
+    models = {}
+    for name in ("dense", "two of four zero", "half of ffn, magnitude", "width, ffn only", "depth, top"):
+        model, how = dense(folder, steps), {**METHODS[name]}
+        if how:
+            less = {"parameters": without_a_third(folder, steps)} if name.startswith("width") else {}
+            structured_(model, **{**how, **less, "criterion": "top" if how["unit"] == "layer" else "magnitude"})
+        if name == "two of four zero":
+            magnitude_(model, sparsity=0.5, group=4)
+        models[name] = model.eval()
+    found = [{name: speeds(model, runs=3) for name, model in models.items()} for _ in range(rounds)]
+    rows = ["| model | read | write |", "|---|--:|--:|"]
+    for name in models:
+        cells = [statistics.median(r[name][key] / r["dense"][key] for r in found) for key in ("read/s", "write/s")]
+        rows.append(f"| {name} | {cells[0]:.2f} | {cells[1]:.2f} |")
+    return "\n".join(rows)
+
+
 def main(folder: Path, steps: int = 1000, recovery: int = 100, seeds: int = 3) -> None:
     """All runs that are missing, seed by seed."""
     jobs = [{"method": method, "seed": seed} for seed, method in itertools.product(range(seeds), METHODS)]
@@ -133,5 +153,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "--table" in sys.argv:
         print(table(Path(sys.argv[1])))
+    elif "--speed" in sys.argv:
+        print(speed_by_turns(Path(sys.argv[1])))
     else:
         main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
